@@ -1,0 +1,323 @@
+"""Chapter 1, data: from files on disk to batches of waveforms, and from waveforms to log-mel spectrograms.
+
+In: a folder, a text file of paths, or nothing (built-in sounds). Out: waveforms (B, S) at 32 kHz from the loader's
+workers, and from `LogMel`, on the training device, spectrograms (B, F, T) of 128 bands x 256 frames.
+Source: Audio-JEPA (arXiv 2507.02915), section 3. The letters B, S, F, T of the shapes are explained in model.py.
+
+Nothing here depends on what was read before: batch number `step` is a pure function of (seed, step). So a resumed run
+sees exactly what an undisturbed one sees, however many workers read for it.
+"""
+
+import functools
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from torch import nn
+
+SAMPLE_RATE = 32_000                  # Hz, of every waveform that leaves this file
+N_MELS, N_FRAMES = 128, 256           # F, T: the spectrogram of one clip, whatever time it covers
+MEL_FLOOR = 1e-6                      # added before the logarithm: about the noise floor of a quiet recording
+EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
+
+
+class DataError(Exception):
+    """Bad data, told in one line that says what is wrong and what to do; the commands print it and exit with 1."""
+
+
+def hop_samples(seconds):
+    """Samples between two frames when a clip of 256 frames covers about `seconds`; 10 s gives the paper's 1250."""
+    return round(seconds * SAMPLE_RATE / N_FRAMES)
+
+
+# ---- reading audio ----------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=16)
+def resampler(rate):
+    """The kernel from `rate` Hz to 32 kHz, computed once. Odd rates would need a giant kernel, so they are rounded to
+    25 Hz, which moves the pitch by less than a third of a per cent."""
+    return torchaudio.transforms.Resample(max(25, 25 * round(rate / 25)), SAMPLE_RATE)
+
+
+def to_sample_rate(waveform, rate):
+    """(..., samples at `rate` Hz) -> (..., samples at 32 kHz)."""
+    return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
+
+
+def read_audio(path, position=0.0, n_samples=None):
+    """Read one crop, seeking to it: a crop of a three-hour recording costs as much as the same crop of a short one.
+
+    path: str or bytes. position: 0 takes the earliest crop, just under 1 the latest. n_samples: length of the crop at
+    32 kHz, None for the whole file. Returns a mono waveform (at most n_samples,), float32 at 32 kHz.
+    Raises DataError with the reason if there is no sound to be had.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            if not 1_000 <= rate <= 1_000_000:
+                raise DataError(f"its header says {rate} Hz")
+            wanted = file.frames if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE)
+            file.seek(int(position * max(0, file.frames - wanted + 1)))
+            samples = file.read(wanted, dtype="float32", always_2d=True)           # (samples, channels)
+    except (soundfile.SoundFileError, OSError, ValueError) as error:
+        raise DataError(str(error)) from error
+    if len(samples) == 0:
+        raise DataError("no samples")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.abs(mono).max() < 1e4:                                               # NaN is not < 1e4 either
+        raise DataError("samples that are NaN, infinite or absurdly large")
+    return to_sample_rate(torch.from_numpy(mono), rate)[:n_samples]
+
+
+# ---- where clips come from ----------------------------------------------------------------------------------------------
+
+class AudioFiles:
+    """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
+
+    Two million paths as Python strings would be copied into every worker as soon as it touches their reference counts;
+    here they are one array of bytes and the offsets of the ends. Raises DataError if there is nothing to read.
+    """
+
+    def __init__(self, root):
+        self.root = os.fsencode(root)
+        if os.path.isdir(self.root):
+            found = bytearray()
+            for folder, subfolders, names in os.walk(self.root):
+                subfolders.sort()                                                  # one order on every machine
+                for name in sorted(names):
+                    if name.lower().endswith(EXTENSIONS):
+                        found += os.path.relpath(os.path.join(folder, name), self.root) + b"\0"
+            self.text, end = np.frombuffer(bytes(found), np.uint8), 0              # a path may hold "\n", never "\0"
+            if not found:
+                raise DataError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()} in all sub-folders)")
+        elif os.path.isfile(self.root):
+            if self.root.lower().endswith(EXTENSIONS):
+                raise DataError(f"{root}: this is one audio file; pass its folder, or a text file with one path a line")
+            self.text, end = np.fromfile(self.root, np.uint8), ord("\n")
+            self.root = os.path.dirname(self.root)
+            if len(self.text) and self.text[-1] != end:
+                self.text = np.append(self.text, np.uint8(end))
+        else:
+            raise DataError(f"{root}: no such folder or text file")
+        ends = np.flatnonzero(self.text == end)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        filled = ends > starts                                                     # drops blank lines
+        self.starts, self.ends = starts[filled], ends[filled]
+        if not len(self.ends):
+            raise DataError(f"{root}: this list of paths is empty")
+
+    def __len__(self):
+        return len(self.ends)
+
+    def path(self, index):
+        """The path of file `index`, as bytes: names need not be valid UTF-8."""
+        return os.path.join(self.root, self.text[self.starts[index]:self.ends[index]].tobytes().rstrip(b"\r"))
+
+    def name(self, index):
+        """The path as printable text for messages."""
+        return os.fsdecode(self.path(index)).encode(errors="backslashreplace").decode().replace("\n", "\\n")
+
+    def crop(self, index, position, n_samples):
+        """See read_audio."""
+        return read_audio(self.path(index), position, n_samples)
+
+
+class BuiltInSounds:
+    """Procedural sounds for a first run with no data at hand: clip i is a pure function of i, its class is i mod 12.
+
+    The classes differ in how the sound is made. Pitch, level, onset, length, spectral tilt and background noise are
+    drawn alike for all of them, so neither loudness nor register gives a class away.
+    """
+
+    classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise", "engine", "crackle",
+               "vowel", "wobble", "bubbles")
+
+    def __init__(self, n_clips, seconds):
+        self.n_clips, self.n_samples = n_clips, hop_samples(seconds) * N_FRAMES
+
+    def __len__(self):
+        return self.n_clips
+
+    def name(self, index):
+        return f"built-in sound {index} ({self.classes[index % 12]})"
+
+    def crop(self, index, position, n_samples):
+        """The whole clip (n_samples,), always from its start: built-in clips are as long as a crop."""
+        rng = np.random.default_rng([12, int(index)])
+        n_sound = int(self.n_samples * rng.uniform(0.3, 0.9))
+        onset = rng.integers(self.n_samples - n_sound)
+        sound = self.make(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
+        sound *= np.minimum(1, np.minimum(np.arange(n_sound), np.arange(n_sound)[::-1]) / 320)       # no clicks at the ends
+        level, noise_level = 10 ** rng.uniform(-1.6, -0.6), 10 ** rng.uniform(-2.6, -1.6)
+        clip = noise_level * colored_noise(self.n_samples, rng)
+        clip[onset:onset + n_sound] += level * sound / (np.sqrt(np.mean(sound ** 2)) + 1e-9)
+        return torch.from_numpy(clip.astype(np.float32))
+
+    @staticmethod
+    def make(kind, time, rng):
+        """One sound of a class over `time` (seconds), at any level."""
+        pitch = 110 * 2 ** rng.uniform(0, 3)                                       # Hz, three octaves
+        rate = rng.uniform(3, 12)                                                  # Hz, of everything that repeats
+        swing = np.sin(2 * np.pi * rate * time + rng.uniform(0, 6))
+        noise = colored_noise(len(time), rng)
+
+        def harmonics(phase, amplitudes):
+            return sum(a * np.sin(k * phase) for k, a in enumerate(amplitudes, start=1))
+
+        def pulses(times, decay):                                                  # a click at each of `times`
+            train = np.zeros(len(time))
+            train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = rng.uniform(0.5, 1, len(times))
+            n = min(len(time), int(decay * 5 * SAMPLE_RATE))
+            ring = np.exp(-time[:n] / decay) * np.sin(2 * np.pi * pitch * 4 * time[:n] + 0.5)
+            return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
+
+        steady = 2 * np.pi * pitch * time
+        rolloff = 1 / np.arange(1, 13) ** rng.uniform(0.5, 1.5)
+        if kind == "harmonic":
+            return harmonics(steady, rolloff)
+        if kind == "bell":                                                         # partials of no common pitch
+            return sum(np.exp(-time * rng.uniform(1, 6)) * np.sin(steady * ratio * rng.uniform(0.97, 1.03))
+                       for ratio in (1, 2.76, 5.4, 8.93, 11.34))
+        if kind == "chirp":                                                        # glides up or down, once
+            octaves = rng.choice([-1, 1]) * rng.uniform(1, 2)
+            return harmonics(2 * np.pi * np.cumsum(pitch * 2 ** (octaves * time / time[-1])) / SAMPLE_RATE, rolloff)
+        if kind == "siren":                                                        # glides up and down, again and again
+            return harmonics(2 * np.pi * np.cumsum(pitch * 2 ** (0.5 * swing)) / SAMPLE_RATE, rolloff)
+        if kind == "clicks":                                                       # even in time
+            return pulses(np.arange(0, time[-1], 1 / rate), 0.004)
+        if kind == "crackle":                                                      # the same clicks at random times
+            return pulses(rng.uniform(0, time[-1], int(rate * time[-1]) + 2), 0.004)
+        if kind == "noise burst":
+            return noise * np.exp(-time * rng.uniform(1, 6))
+        if kind == "pulsed noise":
+            return noise * (1 + 0.9 * swing)
+        if kind == "wobble":                                                       # a tone with the same tremolo
+            return harmonics(steady, rolloff) * (1 + 0.9 * swing)
+        if kind == "engine":                                                       # noisy pulses at a low pitch
+            return harmonics(steady / 8, np.ones(24)) * (0.6 + 0.4 * noise / (np.abs(noise).max() + 1e-9))
+        if kind == "vowel":                                                        # three formants over a low voice
+            k, voice = np.arange(1, 31), pitch / 3 + 60
+            gains = sum(np.exp(-((k * voice - f) / 120) ** 2)
+                        for f in rng.uniform([300, 900, 2200], [800, 2000, 3000]))
+            return harmonics(2 * np.pi * voice * time, gains + 0.01)
+        if kind == "bubbles":                                                      # short rising tones
+            phase = time * rate % 1
+            return np.sin(2 * np.pi * pitch * 2 * phase * (1 + phase) / rate) * np.exp(-4 * phase)
+
+
+def colored_noise(n, rng):
+    """Noise (n,) of unit deviation whose spectrum falls as 1 / f ** tilt, tilt drawn from white (0) to brown (1)."""
+    spectrum = np.fft.rfft(rng.standard_normal(n))
+    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
+    noise = np.fft.irfft(spectrum, n)
+    return noise / noise.std()
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    waveforms: torch.Tensor           # (B, S) float32 at 32 kHz, short clips padded with zeros
+    filled: torch.Tensor              # (B,) samples of each clip that are not padding
+    failures: list                    # (name, reason) of every file that could not be used
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number `step`, a pure function of (source, seed, step): the clips, their crops, and the stand-ins.
+
+    Clips come in a fresh random order each epoch, one random crop of each; a batch may span two epochs. A file that
+    cannot be used is replaced by a random other one, and reported.
+    """
+
+    def __init__(self, source, batch_size, n_samples, seed):
+        self.source, self.batch_size, self.n_samples, self.seed = source, batch_size, n_samples, seed
+        self.epoch, self.order = None, None
+
+    def clips(self, step):
+        """The indices of the clips of one batch, (B,)."""
+        indices = []
+        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(place, len(self.source))
+            if epoch != self.epoch:
+                order = np.arange(len(self.source), dtype=np.int32)
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+                self.epoch, self.order = epoch, order
+            indices.append(int(self.order[place]))
+        return indices
+
+    def __getitem__(self, step):
+        waveforms = torch.zeros(self.batch_size, self.n_samples)
+        filled, failures = torch.zeros(self.batch_size, dtype=torch.long), []
+        rng = np.random.default_rng([self.seed, 1 << 32, step])                   # 1 << 32: not the epochs' stream
+        positions = rng.random(self.batch_size)
+        for i, index in enumerate(self.clips(step)):
+            for _ in range(20):
+                try:
+                    clip = self.source.crop(index, positions[i], self.n_samples)
+                    break
+                except DataError as error:
+                    failures.append((self.source.name(index), str(error)))
+                    index = int(rng.integers(len(self.source)))
+            else:
+                raise DataError(f"20 unusable files in a row, the last {failures[-1][0]}: {failures[-1][1]}")
+            waveforms[i, :len(clip)] = clip
+            filled[i] = len(clip)
+        return Batch(waveforms, filled, failures)
+
+
+def start_worker(_):
+    """In a worker: one thread, and leave Ctrl-C to the main process, which stops the workers once it has saved."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(batches, steps, workers, device):
+    """A DataLoader over the batches numbered `steps`; each worker makes whole batches, in order, ahead of time."""
+    return torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=start_worker,
+        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None)
+
+
+# ---- from waveform to spectrogram -----------------------------------------------------------------------------------------
+
+class LogMel(nn.Module):
+    """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, T), S = 256 hops, on whatever device holds them.
+
+    One hop is seconds / 256, one window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a speech recogniser's at
+    2.56 s (hop 10 ms, window 25 ms). Short windows are padded to 1024 points so that no mel band falls between two
+    points of the spectrum. `mean` and `deviation` are those of the training data, set by `fit`.
+    """
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.hop = hop_samples(seconds)
+        window = int(2.5 * self.hop)
+        self.spectrogram = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE, n_fft=max(1024, 2 ** math.ceil(math.log2(window))), win_length=window, hop_length=self.hop,
+            f_min=20, n_mels=N_MELS, mel_scale="slaney", normalized="window", pad_mode="constant")
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    def log_mel(self, waveforms):
+        with torch.autocast(waveforms.device.type, enabled=False):                 # a logarithm needs float32
+            parts = [self.spectrogram(part) for part in waveforms.split(8)]        # a quarter of the time of one go:
+            return (torch.cat(parts)[..., :N_FRAMES] + MEL_FLOOR).log()            # (B, F, T)   8 clips fit the cache
+
+    def forward(self, waveforms):
+        return (self.log_mel(waveforms) - self.mean) / self.deviation
+
+    def fit(self, batches, n_clips=256):
+        """Set `mean` and `deviation` from the first clips of the training order, over the frames that hold sound."""
+        frames = []
+        for step in range(math.ceil(n_clips / batches.batch_size)):
+            batch = batches[step]
+            held = torch.arange(N_FRAMES) * self.hop < batch.filled[:, None]       # (B, T)
+            frames.append(self.log_mel(batch.waveforms).transpose(1, 2)[held])     # (frames, F)
+        values = torch.cat(frames)
+        self.mean.copy_(values.mean())
+        self.deviation.copy_(values.std().clamp(min=1e-3))

@@ -1,0 +1,95 @@
+"""Chapter 2, masking: which patches the encoder sees and which the predictor must guess.
+
+In: how many clips, and a seeded generator. Out: the indices of the visible patches (`context`) and of the hidden ones
+(`targets`), row by row on the grid of 8 frequency rows x 16 time columns. No patch is ever in both.
+Sources: multi-block masks, I-JEPA (arXiv 2301.08243), section 3; random masks, Audio-JEPA (arXiv 2507.02915), section 2.
+Run `python masking.py` to see one of each. The letters B, N, C, M, K of the shapes are explained in model.py.
+"""
+
+import torch
+
+ROWS, COLUMNS = 8, 16                 # the patch grid of one clip: frequency x time
+N_PATCHES = ROWS * COLUMNS
+N_BLOCKS = 4                          # M, target blocks a clip
+BLOCK_SHARE = (0.15, 0.20)            # of the grid, one block
+BLOCK_ASPECT = (0.75, 1.5)            # share of the time axis / share of the frequency axis
+
+
+def block_shapes():
+    """The shapes (height, width) that target blocks may have, in patches: the largest set of equal area.
+
+    I-JEPA draws a new area at every step. We keep one area, so every tensor keeps its shape and nothing recompiles,
+    and get the variety from the shapes. On the 8 x 16 grid: 3 x 8 and 4 x 6, both 24 patches (18.75 %).
+    """
+    shapes = {}
+    for height in range(1, ROWS + 1):
+        for width in range(1, COLUMNS + 1):
+            share = height * width / N_PATCHES
+            aspect = (width / COLUMNS) / (height / ROWS)
+            if BLOCK_SHARE[0] <= share <= BLOCK_SHARE[1] and BLOCK_ASPECT[0] <= aspect <= BLOCK_ASPECT[1]:
+                shapes.setdefault(height * width, []).append((height, width))
+    return max(shapes.values(), key=len)
+
+
+def block_masks(n_clips, generator):
+    """Multi-block masks: four blocks to predict, each on its own, and a context outside all of them.
+
+    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Even four disjoint blocks leave
+    32 patches, so the context is 32 patches drawn evenly from those left over, whatever the overlaps.
+
+    Returns: context (B, C), targets (B, M, K), int64 patch indices.
+    """
+    shapes = torch.tensor(block_shapes())                                           # (n_shapes, 2)
+    n_target = int(shapes[0].prod())
+    inside = torch.stack([                                                          # (n_shapes, K): one block's patches
+        (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in shapes.tolist()])
+
+    draw = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
+    shape = (draw[0] * len(shapes)).long()                                          # (B, M)
+    free_rows, free_columns = ROWS - shapes[shape, 0], COLUMNS - shapes[shape, 1]
+    top = (draw[1] * (free_rows + 1)).long()                                        # + 1: the last row counts too
+    left = (draw[2] * (free_columns + 1)).long()
+    targets = (top * COLUMNS + left)[..., None] + inside[shape]                     # (B, M, K)
+
+    order = torch.rand(n_clips, N_PATCHES, generator=generator)                     # a random order of the patches,
+    order.scatter_(1, targets.flatten(1), 2.0)                                      # hidden ones after all others
+    context = order.topk(N_PATCHES - N_BLOCKS * n_target, largest=False).indices    # (B, C)
+    return context, targets
+
+
+def random_masks(n_clips, generator, ratio):
+    """Unstructured masks: a random share `ratio` of the patches is hidden and predicted in one go (M = 1).
+
+    The paper draws 40-60 % anew for every batch; we keep one ratio, so the shapes never change.
+
+    Returns: context (B, C), targets (B, 1, K), int64 patch indices.
+    """
+    n_target = round(ratio * N_PATCHES)
+    order = torch.rand(n_clips, N_PATCHES, generator=generator).argsort(dim=1)
+    return order[:, n_target:], order[:, None, :n_target]
+
+
+def make_masks(kind, ratio, n_clips, seed, step):
+    """The masks of one step, a pure function of (seed, step). kind: 'block' or 'random' (then `ratio` counts)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return block_masks(n_clips, generator) if kind == "block" else random_masks(n_clips, generator, ratio)
+
+
+def draw(context, targets):
+    """One clip's masks as text, high frequencies on top: `#` visible, 1-4 hidden (the last block drawn), `.` neither."""
+    cells = ["."] * N_PATCHES
+    for patch in context.tolist():
+        cells[patch] = "#"
+    for block, patches in enumerate(targets.tolist(), start=1):
+        for patch in patches:
+            cells[patch] = str(block)
+    rows = [" ".join(cells[r * COLUMNS:(r + 1) * COLUMNS]) for r in range(ROWS)]
+    return "\n".join(reversed(rows))
+
+
+if __name__ == "__main__":
+    for kind in ("block", "random"):
+        context, targets = make_masks(kind, 0.5, n_clips=1, seed=0, step=0)
+        print(f"{kind}: {context.shape[1]} of {N_PATCHES} patches visible, {targets.shape[1]} target block(s) "
+              f"of {targets.shape[2]} patches (# visible, digits hidden, . not used; time goes right, pitch up)")
+        print(draw(context[0], targets[0]), end="\n\n")

@@ -1,0 +1,236 @@
+"""Chapter 3, the model: encoder, predictor, and the slow copy that sets the predictor's goals.
+
+In: a normalised log-mel spectrogram (B, F, T) and the patch indices of chapter 2. Out: the loss.
+Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), section 2; ViT (arXiv 2010.11929).
+
+The letters of all shapes in this project:
+    B clips              S samples of a clip (32 kHz)     F mel bands (128)       T frames (256)
+    N patches (128)      C patches of the context         M target blocks         K patches of one block
+    D encoder width      P predictor width                H attention heads       E values of one patch (16 x 16 = 256)
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from data import N_MELS, SAMPLE_RATE, LogMel, to_sample_rate
+from masking import COLUMNS, ROWS
+
+PATCH = N_MELS // ROWS                # 16 bands x 16 frames
+SIZES = {"tiny": dict(width=192, depth=12, heads=3), "small": dict(width=384, depth=12, heads=6),
+         "base": dict(width=768, depth=12, heads=12)}
+
+
+def patchify(spectrograms):
+    """Cut spectrograms (B, F, T) into patches (B, N, E), row by row: all columns of the lowest 16 bands first."""
+    return rearrange(spectrograms, "b (row f) (column t) -> b (row column) (f t)", f=PATCH, t=PATCH)
+
+
+def take(tokens, indices):
+    """Pick tokens (B, N, D) by indices (B, ...) -> (B, ..., D)."""
+    flat = indices.flatten(1)
+    picked = tokens.gather(1, flat[..., None].expand(-1, -1, tokens.shape[-1]))
+    return picked.unflatten(1, indices.shape[1:])
+
+
+def sincos_positions(rows, columns, width):
+    """Fixed positions (rows * columns, width): sines and cosines of the row in one half, of the column in the other.
+
+    Attention sees a set; these say where each patch was. Fixed, not learned, so any number of columns will do.
+    Source: Attention is all you need (arXiv 1706.03762), 3.5, in two dimensions as in MAE (arXiv 2111.06377).
+    """
+    frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
+    def one_axis(n):
+        angles = torch.arange(n)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)                      # (n, width / 2)
+    row, column = one_axis(rows), one_axis(columns)
+    return torch.cat([repeat(row, "r d -> (r c) d", c=columns), repeat(column, "c d -> (r c) d", r=rows)], dim=1)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: tokens (B, n, D) exchange information (attention), then each thinks (MLP)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.project(rearrange(attended, "b h n d -> b n (h d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(model):
+    """Truncated normal (deviation 0.02) for every matrix, zero for every bias, as in ViT and I-JEPA."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """ViT over the patches it is given: (B, N, E), optionally only those at `visible` (B, C) -> latents (B, n, D)."""
+
+    def __init__(self, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(PATCH * PATCH, width)
+        self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        init_weights(self)
+
+    def layers(self, patches, visible=None):
+        """The tokens after every block, a list of (B, n, D)."""
+        positions = self.positions.expand(len(patches), -1, -1)                    # (B, N, D)
+        if visible is not None:
+            patches, positions = take(patches, visible), take(positions, visible)
+        x = self.embed(patches) + positions
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, patches, visible=None):
+        return self.norm(self.layers(patches, visible)[-1])
+
+
+class Predictor(nn.Module):
+    """A narrow ViT: from the context's latents (B, C, D), guess the latents at `targets` (B, M, K) -> (B, M, K, D)."""
+
+    def __init__(self, encoder_width, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, width)
+        self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, encoder_width)
+        init_weights(self)
+
+    def forward(self, latents, context, targets):
+        M, K = targets.shape[1:]
+        positions = self.positions.expand(len(latents), -1, -1)                    # (B, N, P)
+        known = self.embed(latents) + take(positions, context)                     # (B, C, P)
+        asked = self.mask_token + take(positions, targets)                         # (B, M, K, P)
+        x = torch.cat([repeat(known, "b c p -> (b m) c p", m=M), rearrange(asked, "b m k p -> (b m) k p")], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return rearrange(self.project(self.norm(x[:, -K:])), "(b m) k d -> b m k d", m=M)
+
+
+class AudioJEPA(nn.Module):
+    """Encoder, predictor and target; calling it computes the loss."""
+
+    def __init__(self, size):
+        super().__init__()
+        width, depth, heads = SIZES[size].values()
+        self.encoder = Encoder(width, depth, heads)
+        self.predictor = Predictor(width, width // 2, 6, heads)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def goals(self, patches):
+        """What the predictor should find at every patch: patches (B, N, E) -> (B, N, D), the target's latents, normalised.
+
+        Each block's output is standardised over the tokens of its clip, feature by feature, so a goal that is the same
+        everywhere in a clip counts for nothing; the average over the blocks keeps the goals tied to the sound while the
+        last blocks have learned nothing yet; the layer norm gives every goal the same size. With the last block's layer
+        norm alone, as in I-JEPA, small runs collapse. Source: EAT (arXiv 2401.03497), data2vec (arXiv 2202.03555), 3.3.
+        """
+        standardised = [F.instance_norm(rearrange(x.float(), "b n d -> b d n")) for x in self.target.layers(patches)]
+        return F.layer_norm(rearrange(sum(standardised), "b d n -> b n d"), [self.target.norm.weight.numel()])
+
+    def forward(self, patches, context, targets):
+        """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D)."""
+        latents = self.encoder(patches, context)                                   # (B, C, D)
+        predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
+        goals = take(self.goals(patches), targets)                                 # (B, M, K, D)
+        return F.smooth_l1_loss(predictions, goals), predictions, goals
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """target = momentum * target + (1 - momentum) * encoder, for all parameters in one call."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
+
+
+# ---- a trained encoder, for use -------------------------------------------------------------------------------------------
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used, told in one line."""
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, on the CPU; nothing in the file is executed. Raises CheckpointError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except Exception as error:                                                     # a damaged pickle can raise anything
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1":
+        raise CheckpointError(f"{path}: a file of another program, not a checkpoint of train.py")
+    return checkpoint
+
+
+def restore(part, checkpoint, name):
+    """Load checkpoint[name] into `part` (a module, an optimiser). Raises CheckpointError if it does not fit."""
+    try:
+        part.load_state_dict(checkpoint[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's '{name}' is missing or does not fit its settings") from error
+
+
+class AudioEncoder(nn.Module):
+    """Waveforms in, embeddings over time out: the frozen encoder as other code wants it.
+
+    output_dim: D', the encoder's width times 8, for the 8 bands of a time column are kept apart: side by side, not
+    averaged, which would mix high with low. hop_seconds: time between two embeddings, one column of patches.
+    """
+
+    def __init__(self, size, seconds):
+        super().__init__()
+        self.mel, self.encoder = LogMel(seconds), Encoder(*SIZES[size].values())
+        self.column = PATCH * self.mel.hop                                         # samples of one column of patches
+        self.output_dim, self.hop_seconds = ROWS * SIZES[size]["width"], self.column / SAMPLE_RATE
+
+    @torch.no_grad()
+    def forward(self, waveform, sample_rate):
+        """waveform: (S,) or (B, S) floats at `sample_rate` Hz -> (B, T', D'), one embedding a column that holds sound.
+
+        Long audio goes through in windows of the training length, 64 at a time; windows know nothing of one another.
+        """
+        device = self.mel.mean.device
+        waveform = to_sample_rate(torch.atleast_2d(waveform).float().cpu(), sample_rate)
+        n_columns = math.ceil(waveform.shape[1] / self.column)
+        windows = math.ceil(n_columns / COLUMNS)
+        padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))
+        batches = rearrange(padded, "b (window s) -> (b window) s", window=windows).split(64)
+        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
+        columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", window=windows, row=ROWS)
+        return columns[:, :n_columns]
+
+
+def load_encoder(path, which="target"):
+    """The trained encoder of a checkpoint as an AudioEncoder, on the CPU, from the checkpoint alone.
+
+    which: "target", the average that gave the goals and usually the better one, or "encoder", the one that was trained.
+    Raises CheckpointError.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        encoder = AudioEncoder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its settings are incomplete") from error
+    restore(encoder.encoder, checkpoint, which)
+    restore(encoder.mel, checkpoint, "mel")
+    return encoder.eval()

@@ -1,0 +1,475 @@
+"""Chapter 4, training: the loop, its schedules, its log, and how a run survives the night.
+
+In: a folder of audio (`--data`), or nothing (built-in sounds). Out: a checkpoint that `probe.py` and `--resume` read, and
+a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3; every schedule is a pure function of the step.
+
+    python train.py                              a first run, a few minutes on a laptop, no data needed
+    python train.py --data /path/audioset        the paper's recipe
+"""
+
+import argparse
+import collections
+import csv
+import dataclasses
+import datetime
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, DataError, LogMel, hop_samples, make_loader
+from masking import N_PATCHES, make_masks
+from model import PATCH, SIZES, AudioJEPA, CheckpointError, load_checkpoint, patchify, restore
+
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
+WARMUP = 0.1                          # share of the run in which the learning rate rises
+MAX_FAILED = 0.05                     # of the last 1,000 clips: more unusable files than this end the run
+COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; a healthy run stays above 0.5
+
+
+def setting(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of a run; each is a flag of the command line, and all are saved in the checkpoint."""
+    data: str = setting("", "folder of audio (wav flac ogg opus mp3 aiff), or a text file of paths; none: built-in sounds")
+    out: str = setting("ckpt.pt", "the checkpoint to write; the log goes beside it as .csv")
+    model: str = setting("base", "size of the encoder: tiny, small or base (ViT-B)")
+    seconds: float = setting(10.0, "length of a clip: 10 as in the paper, 2.56 for the 10 ms hop that speech wants")
+    steps: int = setting(100_000, "length of the run; all schedules stretch with it")
+    batch_size: int = setting(256, "clips a step")
+    lr: float = setting(0.0, "peak learning rate; 0: 3e-4 * sqrt(batch size / 256) * 768 / width")
+    mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (the paper's)")
+    mask_ratio: float = setting(0.6, "share of the patches that random masks hide")
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the first of these that is there")
+    amp: str = setting("auto", "mixed precision: bf16, fp16 or off; auto: bf16 or else fp16 on CUDA, off elsewhere")
+    compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
+    workers: int = setting(-1, "processes that read audio; -1: one a core but one, 16 at most; 0: none")
+    seed: int = setting(0, "of the weights, the order of the clips, the crops and the masks")
+    save_every: int = setting(1000, "steps between checkpoints")
+    log_every: int = setting(50, "steps between log lines")
+
+
+BUILT_IN = dict(model="tiny", seconds=2.56, steps=500, batch_size=32, log_every=25, save_every=100)
+BUILT_IN_CLIPS = 2400
+FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # these do not change the result
+
+
+class SettingError(Exception):
+    """A setting that cannot work, told in one line."""
+
+
+def parse(argv):
+    """Command line -> (the settings given there, the checkpoint to resume or None, steps to benchmark or None)."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        help = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1, 0.0) else f" ({field.default})")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(flag, type=field.type, help=help)
+    parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
+    parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
+                        help="time N steps (50) of this training instead of training")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("resume"), given.pop("bench")
+
+
+def resolve(config):
+    """Check every setting, and replace each 'auto' by what it means on this machine. Raises SettingError."""
+    def need(ok, message):
+        if not ok:
+            raise SettingError(message)
+    need(config.model in SIZES, f"--model {config.model}: choose one of {', '.join(SIZES)}")
+    need(config.mask in ("block", "random"), f"--mask {config.mask}: choose block or random")
+    need(config.amp in ("auto", "bf16", "fp16", "off"), f"--amp {config.amp}: choose bf16, fp16 or off")
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("workers", -1), ("seed", 0)):
+        need(getattr(config, name) >= least,
+             f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    need(0.25 <= config.seconds <= 60, f"--seconds {config.seconds}: must lie between 0.25 (below, a patch column of 16 "
+         "frames holds no spectrum) and 60")
+    need(0 <= config.lr < 1, f"--lr {config.lr}: must lie between 0 and 1")
+    need(0 < round(config.mask_ratio * N_PATCHES) < N_PATCHES,
+         f"--mask-ratio {config.mask_ratio}: leaves no patch to see or none to predict; it must lie inside 0 and 1")
+
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = config.device if config.device != "auto" else next(name for name in found if found[name])
+    need(found.get(device.split(":")[0], False),
+         f"--device {device}: not here; this machine has {', '.join(name for name in found if found[name])}")
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    need(config.amp != "bf16" or bf16 or not device.startswith("cuda"), "--amp bf16: this GPU has none; use --amp fp16")
+    need(config.amp != "fp16" or device.startswith("cuda"), f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
+    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
+    return dataclasses.replace(
+        config, device=device, lr=config.lr or lr,
+        amp=config.amp if config.amp != "auto" else "off" if not device.startswith("cuda") else "bf16" if bf16 else "fp16",
+        compile=device.startswith("cuda") if config.compile is None else config.compile,
+        workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
+
+
+# ---- schedules: pure functions of the step, so a resumed run cannot drift -----------------------------------------------
+
+def learning_rate(step, config):
+    """Linear warm-up over the first tenth of the run, then half a cosine down to 0."""
+    warmup = WARMUP * config.steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+
+
+def momentum(step, config):
+    """Share of the old target kept at a step: the target averages the encoder over about 1 / (1 - momentum) steps.
+
+    It starts at a fiftieth of the run, so short runs and long ones behave alike, and rises to 1 by half a cosine as in
+    BYOL (arXiv 2006.07733), section 3: late in training the goals hold still.
+    """
+    start = 1 / (1 + 0.02 * config.steps)
+    return 1 - start * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------------
+
+class Trainer:
+    """All that a step needs, made from the settings alone."""
+
+    def __init__(self, config):
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, torch.device(config.device)
+        self.model, self.mel = AudioJEPA(config.model).to(self.device), LogMel(config.seconds).to(self.device)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p for p in learned if p.ndim > 1]},                       # matrices decay, biases and norms do not
+             {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}],
+            lr=config.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.amp]
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        if config.compile:
+            self.model.compile()                                                   # in place: parameter names stay plain
+
+    def gradients(self, waveforms, step):
+        """The first half of a training step, for waveforms (B, S).
+
+        Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), their patches (B, M, K).
+        """
+        context, targets = (indices.to(self.device, non_blocking=True) for indices in make_masks(
+            self.config.mask, self.config.mask_ratio, len(waveforms), self.config.seed, step))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.config.amp != "off"):
+            patches = patchify(self.mel(waveforms.to(self.device, non_blocking=True)))      # (B, N, E)
+            loss, predictions, goals = self.model(patches, context, targets)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        return loss.detach(), predictions.detach(), goals, targets
+
+    def update(self, step):
+        """The second half: the optimiser moves the encoder and the predictor, then the target follows the encoder."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config)
+        self.scaler.step(self.optimizer)                                           # fp16: skips a step that overflowed
+        self.scaler.update()
+        self.model.update_target(momentum(step, self.config))
+
+    def gradient_norm(self):
+        return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None).item()
+
+    def state(self):
+        return {"encoder": self.model.encoder.state_dict(), "target": self.model.target.state_dict(),
+                "predictor": self.model.predictor.state_dict(), "mel": self.mel.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, checkpoint):
+        for name, part in (("encoder", self.model.encoder), ("target", self.model.target),
+                           ("predictor", self.model.predictor), ("mel", self.mel), ("optimizer", self.optimizer),
+                           ("scaler", self.scaler)):
+            restore(part, checkpoint, name)
+
+
+def spread(latents, patches):
+    """How much latents (B, M, K, D) at the same patch differ between clips: their deviation, averaged. The collapse
+    meter: goals have unit variance over their features, so 1 says "all of it tells clips apart", 0 "all alike"."""
+    where = torch.nn.functional.one_hot(patches.flatten(), N_PATCHES).float()      # (B M K, N)
+    latents, count = latents.float().flatten(0, 2), where.sum(0)[:, None]          # (B M K, D), (N, 1)
+    mean, square = (where.T @ x / count.clamp(min=1) for x in (latents, latents ** 2))
+    return (square - mean ** 2).clamp(min=0).sqrt()[count[:, 0] > 1].mean().item()
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(content, path):
+    """Write to one side, then rename: whatever happens, `path` is a whole checkpoint, the old one or the new one."""
+    aside = path + ".tmp"
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:                                       # torch turns a full disk into the latter
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise SettingError(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint there, if any, is "
+                           "whole: make room, then use --resume") from error
+
+
+COLUMNS = ["step", "loss", "lr", "momentum", "goal_spread", "prediction_spread", "gradient_norm", "unusable",
+           "clips_per_second", "waiting", "seconds_left"]
+
+
+def open_log(config, first):
+    """The CSV log beside the checkpoint, kept up to step `first`: rows that an interrupted run wrote after it go."""
+    path, rows = os.path.splitext(config.out)[0] + ".csv", []
+    if first and os.path.exists(path):
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+    file = open(path, "w", newline="", buffering=1)                                # a line is on disk once it is written
+    log = csv.DictWriter(file, COLUMNS)
+    log.writeheader()
+    log.writerows(rows)
+    return file, log
+
+
+def open_source(config):
+    """The recordings of a run. Raises DataError."""
+    return AudioFiles(config.data) if config.data else BuiltInSounds(BUILT_IN_CLIPS, config.seconds)
+
+
+def check_finite(losses, step, batches):
+    """Raise DataError if one of `losses`, those of the last steps up to `step`, is not finite, and name its clips."""
+    for ago, loss in enumerate(reversed(torch.stack(losses).tolist())):
+        if not math.isfinite(loss):
+            clips = ", ".join(batches.source.name(index) for index in batches.clips(step - ago))
+            raise DataError(f"the loss of step {step - ago + 1} is {loss}; stopped before it reached the checkpoint. A "
+                            f"lower --lr or --amp off may help. The clips of this step: {clips}")
+
+
+class FailedReads:
+    """Keeps count of the files that could not be used: each is told once, and too many of them end the run."""
+
+    def __init__(self, total, batch_size, data):
+        self.total, self.batch_size, self.data, self.told = total, batch_size, data, set()
+        self.recent = collections.deque(maxlen=math.ceil(1000 / batch_size))       # failures of each of the last batches
+
+    def add(self, batch):
+        for name, reason in batch.failures:
+            if name not in self.told:
+                print(f"unusable: {name}: {reason}", flush=True)
+                self.told.add(name)
+        self.total += len(batch.failures)
+        self.recent.append(len(batch.failures))
+        failed, reads = sum(self.recent), sum(self.recent) + len(self.recent) * self.batch_size
+        if batch.waveforms is None or reads >= 1000 and failed > MAX_FAILED * reads:
+            raise DataError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
+                            "mounted? The last checkpoint is good; --resume goes on from it")
+
+
+def train(config, resume=None):
+    """Run the training that `config` describes, from the start or from a loaded checkpoint `resume`.
+
+    Returns the number of the signal that ended it early, or None. Raises DataError, SettingError, CheckpointError.
+    """
+    source = open_source(config)
+    batches = Batches(source, config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
+    trainer = Trainer(config)
+    failed = FailedReads(resume["unusable"] if resume else 0, config.batch_size, config.data)
+    first = resume["step"] if resume else 0
+
+    def save(step):
+        save_checkpoint({"format": "audio-jepa 1", "config": dataclasses.asdict(config), "step": step,
+                         "unusable": failed.total, "n_clips": len(source), **trainer.state()}, config.out)
+
+    if resume:
+        if resume["n_clips"] != len(source):
+            raise SettingError(f"--data {config.data}: {len(source)} clips now, {resume['n_clips']} when the run began")
+        trainer.restore(resume)
+    else:
+        trainer.mel.fit(batches)
+        save(0)                                                                    # a full disk shows now, not tonight
+    print(f"{len(source):,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
+          f"parameters; log-mel {trainer.mel.mean:.2f} +- {trainer.mel.deviation:.2f}", flush=True)
+
+    stopped = []
+    def stop(signum, _):
+        stopped.append(signum)
+        signal.signal(signum, signal.SIG_DFL)                                      # the second one ends us at once
+        print(f"{signal.Signals(signum).name}: finishing this step, then saving", flush=True)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+    log_file, log = open_log(config, first)
+    losses, warned = [], False                                                     # losses: those not looked at yet
+    asked = since = time.perf_counter()
+    waited = counted = 0
+    loader = make_loader(batches, range(first, config.steps), config.workers, trainer.device)
+    for step, batch in zip(range(first, config.steps), loader):
+        waited += time.perf_counter() - asked
+        stopping = bool(stopped)
+        failed.add(batch)
+        done, counted = step + 1, counted + config.batch_size
+        logs = done % config.log_every == 0 or done == config.steps
+        saves = done % config.save_every == 0 or done == config.steps
+
+        loss, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
+        losses.append(loss)
+        if logs or saves or stopping or trainer.device.type == "cpu":              # a GPU would have to wait for each look
+            check_finite(losses, step, batches)
+            losses.clear()
+        trainer.update(step)
+
+        if logs:
+            row = {"step": done, "loss": loss.item(), "lr": learning_rate(step, config),
+                   "momentum": momentum(step, config), "goal_spread": spread(goals, targets),
+                   "prediction_spread": spread(predictions, targets), "gradient_norm": trainer.gradient_norm(),
+                   "unusable": failed.total}
+            passed = time.perf_counter() - since
+            row |= {"clips_per_second": counted / passed, "waiting": waited / passed,
+                    "seconds_left": (config.steps - done) * config.batch_size * passed / counted}
+            log.writerow(row)
+            print("step {step}/{steps}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  spread {goal_spread:.2f} "
+                  "goals {prediction_spread:.2f} predictions  gradient {gradient_norm:.2f}  unusable {unusable}  "
+                  "{clips_per_second:.0f} clips/s  waiting {waiting:.0%}  left {left}".format(
+                      **row, steps=config.steps, left=datetime.timedelta(seconds=round(row["seconds_left"]))), flush=True)
+            if row["goal_spread"] < COLLAPSED and config.batch_size > 1 and not warned:
+                warned = True
+                print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
+                      "lower --lr, a larger --batch-size, or look for data that is all alike", flush=True)
+            since, waited, counted = time.perf_counter(), 0, 0
+        if saves or stopping:
+            save(done)
+        if stopping:
+            break
+        asked = time.perf_counter()
+    log_file.close()
+    print(f"saved {config.out} at step {done}", flush=True)
+    return stopped[0] if stopped and done < config.steps else None
+
+
+# ---- the bench: is the accelerator starved? -----------------------------------------------------------------------------
+
+def step_flop(config):
+    """Arithmetic of one training step in FLOP (matrix products alone), counted on shapes without computing anything."""
+    model = AudioJEPA(config.model).to("meta")
+    masks = make_masks(config.mask, config.mask_ratio, config.batch_size, config.seed, 0)
+    patches = torch.empty(config.batch_size, N_PATCHES, PATCH ** 2, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):    # the one attention it counts anywhere
+        model(patches, *(indices.to("meta") for indices in masks))[0].backward()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large square matrix product: what this device can do at best."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / statistics.median(laps(range(12), lambda _: a @ b, device))
+
+
+def laps(items, work, device):
+    """Seconds that each item took to come and `work` on it to end; without the first two, which compile and fill queues."""
+    times = [time.perf_counter()]
+    for item in items:
+        work(item)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    return [end - start for start, end in zip(times, times[1:])][2:]
+
+
+def bench(config, n):
+    """Time n steps of the training that `config` describes, without a checkpoint: loader, step, and both together."""
+    import resource                                                                # here, for Windows does not have it
+    trainer, device = Trainer(config), torch.device(config.device)
+    batches = Batches(open_source(config), config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
+    graphs = torch._dynamo.utils.counters["stats"]
+    waited = []
+
+    def step(batch):
+        trainer.gradients(batch.waveforms, 0)
+        trainer.update(0)
+
+    def timed(loader):
+        while True:
+            asked = time.perf_counter()
+            batch = next(loader, None)
+            if batch is None:
+                return
+            waited.append(time.perf_counter() - asked)
+            yield batch
+
+    def line(name, values, unit):
+        low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (0, 4, 8))
+        print(f"{name:26} {middle:12,.1f} {unit:10} (80 % of the steps: {low:,.1f} to {high:,.1f})", flush=True)
+
+    def clips(times):
+        return [config.batch_size / t for t in times]
+
+    make = lambda: iter(make_loader(batches, range(n + 2), config.workers, device))
+    times = laps(make(), lambda batch: None, device)
+    line("loader alone", clips(times), "clips/s")
+    line(f"  for each of {max(1, config.workers)} worker(s)", [c / max(1, config.workers) for c in clips(times)], "clips/s")
+    batch = batches[0]
+    batch = batch._replace(waveforms=batch.waveforms.to(device))
+    step(batch)
+    compiled = graphs["unique_graphs"]
+    alone = laps([batch] * (n + 2), step, device)
+    line("step alone", [1e3 * t for t in alone], "ms")
+    line("", clips(alone), "clips/s")
+    both = laps(timed(make()), step, device)
+    line("both, as in training", clips(both), "clips/s")
+    line("  waiting for data", [100 * w / t for w, t in zip(waited[2:], both)], "%")
+    flop, best = step_flop(config), matmul_rate(device, trainer.dtype)
+    reached = flop / statistics.median(alone)
+    print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {reached / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
+          f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {reached / best:.2f}")
+    peak = [resource.getrusage(who).ru_maxrss / 2 ** 20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"peak memory: {peak[0]:.2f} GiB here, {peak[1]:.2f} GiB in the largest worker" + (
+        f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" if device.type == "cuda" else ""))
+    print(f"compilations after the first step: {graphs['unique_graphs'] - compiled}")
+
+
+# ---- the command --------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    given, resume, n_bench = parse(argv)
+    try:
+        checkpoint = load_checkpoint(resume) if resume else None
+        if resume:
+            saved = checkpoint["config"]
+            changed = [f"--{name.replace('_', '-')} {value} (it has {saved[name]})" for name, value in given.items()
+                       if name not in FREE_ON_RESUME and value != saved[name]]
+            if changed:
+                raise SettingError(f"{resume} began with other settings, which --resume keeps: {', '.join(changed)}")
+            settings = saved | {"out": resume, "workers": -1} | given
+            if checkpoint["step"] >= settings["steps"]:
+                raise SettingError(f"{resume} is complete: {settings['steps']} of {settings['steps']} steps")
+        else:
+            settings = given if "data" in given else BUILT_IN | given
+        config = resolve(Config(**settings))
+        if not resume and not n_bench and os.path.exists(config.out):
+            raise SettingError(f"{config.out} exists: go on with --resume {config.out}, or choose another --out")
+        print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
+        if config.device == "cpu" and config.amp == "bf16":                        # the fused attention's backward pass is
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)           # slow there in bf16, the plain one fast
+            with sdpa_kernel(SDPBackend.MATH):
+                signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
+        else:
+            signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
+    except (DataError, SettingError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return 128 + signum if signum else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
