@@ -197,11 +197,16 @@ class AudioEncoder(nn.Module):
     averaged, which would mix high with low. hop_seconds: time between two embeddings, one column of patches.
     """
 
-    def __init__(self, size, seconds):
+    def __init__(self, size, seconds, layer=None):
         super().__init__()
+        self.layer = layer
         self.mel, self.encoder = LogMel(seconds), Encoder(*SIZES[size].values())
         self.column = PATCH * self.mel.hop                                         # samples of one column of patches
         self.output_dim, self.hop_seconds = ROWS * SIZES[size]["width"], self.column / SAMPLE_RATE
+
+    def tokens(self, patches):
+        """(B, N, E) -> (B, N, D): the encoder's output, or that of block `layer`, counted from 1."""
+        return (self.encoder(patches) if self.layer is None else self.encoder.layers(patches)[self.layer - 1]).float()
 
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
@@ -215,22 +220,22 @@ class AudioEncoder(nn.Module):
         windows = math.ceil(n_columns / COLUMNS)
         padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))
         batches = rearrange(padded, "b (window s) -> (b window) s", window=windows).split(64)
-        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
+        tokens = torch.cat([self.tokens(patchify(self.mel(part.to(device)))) for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", window=windows, row=ROWS)
         return columns[:, :n_columns]
 
 
-def load_encoder(path, which="target"):
+def load_encoder(path, which="target", layer=None):
     """The trained encoder of a checkpoint as an AudioEncoder, on the CPU, from the checkpoint alone.
 
-    which: "target", the average that gave the goals and usually the better one, or "encoder", the one that was trained.
-    Raises CheckpointError.
+    which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
+    of this block, counted from 1, instead of the whole encoder's. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
     try:
-        encoder = AudioEncoder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
+        encoder = AudioEncoder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its settings are incomplete") from error
-    restore(encoder.encoder, checkpoint, which)
+    restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")
     return encoder.eval()

@@ -85,6 +85,15 @@ def parse(argv):
     return given, given.pop("resume"), given.pop("bench")
 
 
+def find_device(name):
+    """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    kind = here[0] if name == "auto" else name
+    if kind.split(":")[0] not in here:
+        raise SettingError(f"--device {name}: not on this machine, which has {', '.join(here)}")
+    return torch.device(kind)
+
+
 def resolve(config):
     """Check every setting, and replace each 'auto' by what it means on this machine. Raises SettingError."""
     def need(ok, message):
@@ -102,10 +111,7 @@ def resolve(config):
     need(0 < round(config.mask_ratio * N_PATCHES) < N_PATCHES,
          f"--mask-ratio {config.mask_ratio}: leaves no patch to see or none to predict; it must lie inside 0 and 1")
 
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = config.device if config.device != "auto" else next(name for name in found if found[name])
-    need(found.get(device.split(":")[0], False),
-         f"--device {device}: not here; this machine has {', '.join(name for name in found if found[name])}")
+    device = str(find_device(config.device))
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     need(config.amp != "bf16" or bf16 or not device.startswith("cuda"), "--amp bf16: this GPU has none; use --amp fp16")
     need(config.amp != "fp16" or device.startswith("cuda"), f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")

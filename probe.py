@@ -1,0 +1,382 @@
+"""Chapter 5, the probe: what did the encoder learn?
+
+In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off the frozen features, by a linear
+classifier and by the nearest neighbours, beside two baselines that learned nothing: an untrained encoder of the same
+shape, and the plain log-mel. A trained encoder that does not beat both has learned nothing useful.
+Protocol: X-ARES (facts in README.md); linear probes as in Understanding intermediate layers (arXiv 1610.01644).
+
+    python probe.py ckpt.pt                       the data it was trained on, if that has labels
+    python probe.py ckpt.pt --data ESC-50-master  see README.md for the layouts
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError, start_worker
+from masking import ROWS
+from model import AudioEncoder, CheckpointError, load_checkpoint, load_encoder
+from train import BUILT_IN_CLIPS, SettingError, find_device
+
+L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
+NEIGHBOURS, TEMPERATURE = 10, 0.07
+
+
+# ---- labels and splits --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Labelled:
+    """Clips with labels. source.crop(index, 0, None) reads clip `indices[i]`, whose labels are labels[i]."""
+    source: object
+    indices: list
+    labels: torch.Tensor              # (clips, classes) 0 or 1
+    groups: list                      # of each clip: its fold, or 'train', 'valid', 'test'
+
+    @property
+    def multi_label(self):
+        return bool((self.labels.sum(1) != 1).any())
+
+    def subset(self, keep):
+        """The clips for which `keep` (one bool a clip) is true."""
+        kept = [i for i, wanted in enumerate(keep) if wanted]
+        return Labelled(self.source, [self.indices[i] for i in kept], self.labels[kept], [self.groups[i] for i in kept])
+
+
+def read_csv(path, columns):
+    """Rows of a CSV file as dicts. Raises DataError if `columns` are missing."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    missing = [column for column in columns if not rows or rows[0].get(column) is None]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(missing)} (the first line must name the columns)")
+    return rows
+
+
+def label_table(folder, files):
+    """Find the labels of a folder: {path relative to it: (class names, group or None)}, from the first layout that fits.
+
+    AudioSet's segment files; ESC-50's meta/esc50.csv; a labels.csv; sub-folders, one a class, with or without train/,
+    valid/, test/ above them.
+    """
+    by_name = {os.path.basename(name): name for name in files}
+    segments = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
+    if any(os.path.exists(os.path.join(folder, name)) for name in segments):
+        return audioset_table(folder, files, segments)
+    for name in ("meta/esc50.csv", "labels.csv"):
+        path = os.path.join(folder, *name.split("/"))
+        if os.path.exists(path):
+            rows = read_csv(path, ["filename", "category"])
+            table, absent = {}, 0
+            for row in rows:
+                file = row["filename"] if row["filename"] in files else by_name.get(os.path.basename(row["filename"]))
+                absent += file is None
+                if file is not None:
+                    table[file] = ([row["category"]], row.get("split") or row.get("fold") or None)
+            if absent:
+                print(f"{path}: {absent} of {len(rows)} rows name no file here; left out")
+            return table
+    table = {}
+    for name in files:
+        parts = name.split(os.sep)
+        group = parts[0] if parts[0] in ("train", "valid", "test") and len(parts) > 2 else None
+        if len(parts) > 1:
+            table[name] = ([parts[1] if group else parts[0]], group)
+    return table
+
+
+def audioset_table(folder, files, segments):
+    """AudioSet's labels: {path: (machine ids, 'train' or 'test')} from its official segment files (Gemmeke 2017)."""
+    wanted = {}
+    for name, group in segments.items():
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
+                    if len(row) != 4:
+                        raise DataError(f"{path}: expected YTID, start, end, labels, but found {','.join(row)}")
+                    wanted[row[0]] = (row[3].split(","), group)
+    table = {}
+    for name in files:
+        stem = os.path.basename(name)
+        for ytid in (stem[:11], stem[1:12] if stem[0] == "Y" else ""):            # YTID.wav, YYTID.wav, YTID_30.000.flac
+            if ytid in wanted:
+                table[name] = wanted.pop(ytid)
+                break
+    if wanted:
+        print(f"{folder}: {len(wanted)} rows of the segment files have no clip here; left out")
+    return table
+
+
+def load_labelled(folder):
+    """All clips of a folder that have a label, with a line on those that have none. Raises DataError."""
+    source = AudioFiles(folder)
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: the probe needs a folder with labels (README.md lists the layouts)")
+    files = {os.path.relpath(os.fsdecode(source.path(i)), folder): i for i in range(len(source))}
+    table = label_table(folder, files)
+    if not table:
+        raise DataError(f"{folder}: no labels here; the probe needs AudioSet's segment files, meta/esc50.csv, a labels.csv "
+                        "with columns filename and category, or one sub-folder a class")
+    if len(table) < len(files):
+        print(f"{folder}: {len(files) - len(table)} of {len(files)} clips have no label; left out")
+    classes = sorted({label for labels, _ in table.values() for label in labels})
+    labels = torch.zeros(len(table), len(classes))
+    for i, (names, _) in enumerate(table.values()):
+        labels[i, [classes.index(name) for name in names]] = 1
+    return Labelled(source, [files[name] for name in table], labels, [group for _, group in table.values()])
+
+
+def load_built_in(seconds):
+    source = BuiltInSounds(BUILT_IN_CLIPS, seconds)
+    labels = F.one_hot(torch.arange(len(source)) % len(source.classes)).float()
+    return Labelled(source, list(range(len(source))), labels, [None] * len(source))
+
+
+def drop_rare(data):
+    """Leave out the clips of classes that have fewer than two: with one, it is either never learned or never asked."""
+    rare = data.labels.sum(0) < 2
+    if rare.any():
+        print(f"{int(rare.sum())} of {len(rare)} classes have a single clip; left out")
+        data = data.subset(data.labels[:, ~rare].sum(1) > 0)
+        data.labels = data.labels[:, ~rare]
+    if data.labels.shape[1] < 2:
+        raise DataError("fewer than two classes with two clips each: there is nothing to tell apart")
+    return data
+
+
+def make_rounds(data):
+    """Evaluation rounds as (train, valid, test) clip indices: one for given splits, one a fold otherwise.
+
+    `valid` chooses the regularisation; where no validation part is given, the fold after the test fold, or a tenth of
+    the training part, takes that office. Test clips choose nothing.
+    """
+    groups = data.groups
+    everything = torch.arange(len(groups))
+    if set(groups) & {"train", "valid", "test"}:
+        part = {name: everything[[group == name for group in groups]] for name in ("train", "valid", "test")}
+        if not len(part["train"]) or not len(part["test"]):
+            raise DataError("the split needs both a 'train' and a 'test' part")
+        if not len(part["valid"]):
+            shuffled = part["train"][torch.randperm(len(part["train"]), generator=torch.Generator().manual_seed(0))]
+            part["valid"], part["train"] = shuffled[::10], shuffled[torch.arange(len(shuffled)) % 10 > 0]
+        return [(part["train"], part["valid"], part["test"])]
+    if None in groups:                                                             # stratified: deal each class out in turn
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+        order = order[data.labels[order].argmax(1).argsort(stable=True)]
+        fold = torch.empty(len(groups), dtype=torch.long)
+        fold[order] = everything % 5
+    else:
+        names = sorted(set(groups))
+        fold = torch.tensor([names.index(group) for group in groups])
+    n_folds = int(fold.max()) + 1
+    if n_folds < 2:
+        raise DataError("all clips are in one fold; the probe needs at least two")
+    return [(everything[(fold != f) & (fold != (f + 1) % n_folds)] if n_folds > 2 else everything[fold != f],
+             everything[fold == (f + 1) % n_folds], everything[fold == f]) for f in range(n_folds)]
+
+
+# ---- features -----------------------------------------------------------------------------------------------------------
+
+class WholeClips(torch.utils.data.Dataset):
+    """Reads clip i of `Labelled` whole: a waveform (S,), or the reason why it cannot be used."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data.indices)
+
+    def __getitem__(self, i):
+        try:
+            return self.data.source.crop(self.data.indices[i], 0.0, None)
+        except DataError as error:
+            return f"{self.data.source.name(self.data.indices[i])}: {error}"
+
+
+def log_mel_features(mel, waveforms, lengths):
+    """The baseline: mean and deviation over time of every band of the log-mel, (B, 2 F)."""
+    frames = (mel.log_mel(waveforms) - mel.mean) / mel.deviation                   # (B, F, frames)
+    return torch.stack([torch.cat([clip[:, :n].mean(1), clip[:, :n].std(1, correction=0)])
+                        for clip, n in zip(frames, (math.ceil(length / mel.hop) for length in lengths))])
+
+
+def compute_features(data, encoders, mel, workers, pool):
+    """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D')}, and which clips could be read.
+
+    A clip's feature is the mean of its embeddings over the columns that hold sound. `pool` "time" keeps the 8 bands of a
+    column apart; "mean" averages them too, as the published code does, and loses where in frequency a sound was.
+    """
+    loader = torch.utils.data.DataLoader(WholeClips(data), batch_size=32, num_workers=workers, collate_fn=list,
+                                         worker_init_fn=start_worker)
+    features, readable, told = {"log-mel": []} | {name: [] for name in encoders}, [], time.monotonic()
+    for clips in loader:
+        for clip in clips:
+            if isinstance(clip, str):
+                print(f"unusable, left out: {clip}", flush=True)
+        readable += [not isinstance(clip, str) for clip in clips]
+        clips = [clip for clip in clips if not isinstance(clip, str)]
+        if not clips:
+            continue
+        lengths = [len(clip) for clip in clips]
+        waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)       # (B, S)
+        features["log-mel"].append(log_mel_features(mel, waveforms, lengths))
+        for name, encoder in encoders.items():
+            embeddings = encoder(waveforms, SAMPLE_RATE)                           # (B, T', D')
+            if pool == "mean":
+                embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
+            features[name].append(torch.stack([clip[:math.ceil(length / encoder.column)].mean(0)
+                                               for clip, length in zip(embeddings, lengths)]))
+        if time.monotonic() - told > 10:
+            print(f"features of {len(readable):,} of {len(data.indices):,} clips", flush=True)
+            told = time.monotonic()
+    if not any(readable):
+        raise DataError("none of the labelled clips could be read")
+    return {name: torch.cat(parts).cpu() for name, parts in features.items()}, readable
+
+
+# ---- the two probes -----------------------------------------------------------------------------------------------------
+
+def linear_scores(train, labels, test, l2, multi_label):
+    """Fit one linear layer to standardised features (n, D') with labels (n, classes); scores (m, classes) of `test`.
+
+    Minimises mean cross-entropy + l2 / 2 * |weights|^2 by L-BFGS; for several labels a clip, the binary cross-entropy
+    summed over the classes.
+    """
+    center, scale = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - center) / scale, (test - center) / scale
+    weights = torch.zeros(train.shape[1], labels.shape[1], requires_grad=True)
+    bias = torch.zeros(labels.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = train @ weights + bias
+        if multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(labels)
+        else:
+            loss = F.cross_entropy(logits, labels)
+        loss = loss + l2 / 2 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (test @ weights + bias).detach()
+
+
+def knn_scores(train, labels, test):
+    """Votes (m, classes) of the 10 most similar training clips by cosine, weighted by softmax(similarity / 0.07)."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T            # (m, n)
+    nearest, index = similarity.topk(min(NEIGHBOURS, len(train)), dim=1)
+    return torch.einsum("mk,mkc->mc", (nearest / TEMPERATURE).softmax(1), labels[index])
+
+
+def accuracy(scores, labels):
+    return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
+
+
+def ranking_metrics(scores, labels):
+    """Mean average precision, mean area under the ROC curve, and d' = sqrt(2) * probit(AUC), over the classes that have
+    both positive and negative clips. Ties count half in the AUC, and share their precision in the mAP.
+
+    Source: AudioSet's own evaluation, Hershey et al. 2017 (arXiv 1609.09430), section 4.
+    """
+    present = (labels.sum(0) > 0) & (labels.sum(0) < len(labels))
+    precisions, areas = [], []
+    for score, truth in zip(scores.T[present].double(), labels.T[present].double()):
+        values, tie = score.unique(return_inverse=True)                            # ascending
+        positives = torch.zeros(len(values), dtype=torch.double).index_add_(0, tie, truth).flip(0)
+        negatives = torch.zeros(len(values), dtype=torch.double).index_add_(0, tie, 1 - truth).flip(0)
+        hits, misses = positives.cumsum(0), negatives.cumsum(0)
+        precisions.append((positives * hits / (hits + misses)).sum() / hits[-1])
+        areas.append((negatives * (hits - positives / 2)).sum() / (hits[-1] * misses[-1]))
+    area = torch.stack(areas).mean()
+    return {"mAP": torch.stack(precisions).mean().item(), "AUC": area.item(),
+            "d'": math.sqrt(2) * torch.special.ndtri(area).item()}
+
+
+def evaluate(features, data, rounds):
+    """Both probes on every round: {'linear': {metric: [value a round]}, 'knn': {...}}."""
+    metrics = ranking_metrics if data.multi_label else lambda scores, labels: {"accuracy": accuracy(scores, labels)}
+    results = {"linear": [], "knn": []}
+    for train, valid, test in rounds:
+        choose = [next(iter(metrics(linear_scores(features[train], data.labels[train], features[valid], l2,
+                                                  data.multi_label), data.labels[valid]).values())) for l2 in L2_GRID]
+        l2 = L2_GRID[max(range(len(L2_GRID)), key=choose.__getitem__)]
+        known = torch.cat([train, valid]).unique()
+        scores = linear_scores(features[known], data.labels[known], features[test], l2, data.multi_label)
+        results["linear"].append(metrics(scores, data.labels[test]))
+        results["knn"].append(metrics(knn_scores(features[known], data.labels[known], features[test]), data.labels[test]))
+    return {probe: {metric: [r[metric] for r in rs] for metric in rs[0]} for probe, rs in results.items()}
+
+
+def print_table(results):
+    """One row an encoder; per cent, mean +- deviation over the folds (d' as it is)."""
+    columns = [(probe, metric) for probe in ("linear", "knn") for metric in results["log-mel"][probe]]
+    print(" " * 10 + "".join(f"{probe if metric == 'accuracy' else f'{probe} {metric}':>16}" for probe, metric in columns))
+    for name, scores in results.items():
+        cells = []
+        for probe, metric in columns:
+            values = torch.tensor(scores[probe][metric]) * (1 if metric == "d'" else 100)
+            cells.append(f"{values.mean():.2f}" if metric == "d'" else f"{values.mean():.1f}"
+                         + (f" +- {values.std():.1f}" if len(values) > 1 else ""))
+        print(f"{name:10}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+# ---- the command --------------------------------------------------------------------------------------------------------
+
+def probe(args):
+    """What the command does with its arguments; prints the table. Raises DataError, CheckpointError, SettingError."""
+    trained = load_encoder(args.checkpoint, args.encoder, args.layer)
+    config = load_checkpoint(args.checkpoint)["config"]
+    torch.manual_seed(0)
+    untrained = AudioEncoder(config["model"], config["seconds"], args.layer)
+    untrained.mel.load_state_dict(trained.mel.state_dict())
+    device = find_device(args.device)
+    encoders = {"untrained": untrained.eval().to(device), "trained": trained.to(device)}
+
+    folder = args.data or config["data"]
+    data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    with torch.autocast(device.type, dtype, enabled=args.amp != "off"):
+        features, readable = compute_features(data, encoders, copy.deepcopy(trained.mel).cpu(), args.workers, args.pool)
+    data = drop_rare(data.subset(readable))
+    rounds = make_rounds(data)
+    print(f"{len(data.indices):,} clips, {data.labels.shape[1]} classes, {len(rounds)} round(s) of training and testing")
+    results = {name: evaluate(values, data, rounds) for name, values in features.items()}
+    print_table(results)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"checkpoint": args.checkpoint, "data": folder or "built-in sounds", "results": results}, file, indent=1)
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", help="labelled audio; without it, the data of the training")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="which of the two (target)")
+    parser.add_argument("--layer", type=int, help="features after this block, counted from 1 (after the last, normed)")
+    parser.add_argument("--pool", choices=("time", "mean"), default="time", help="keep the bands apart, or average them")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first that is there)")
+    parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="off", help="mixed precision (off)")
+    parser.add_argument("--workers", type=int, default=min(8, max(0, (os.cpu_count() or 1) - 1)), help="reading processes")
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
+    args = parser.parse_args(argv)
+    try:
+        return probe(args)
+    except (DataError, CheckpointError, SettingError) as error:
+        print(f"probe.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
