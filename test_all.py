@@ -299,3 +299,572 @@ def test_the_target_follows_the_encoder(jepa):
     jepa.update_target(0.9)
     for old, new, goal in zip(before, jepa.target.parameters(), jepa.encoder.parameters()):
         assert torch.allclose(new, 0.9 * old + 0.1 * goal, atol=1e-6)
+
+
+# ---- train.py: schedules, meters, settings --------------------------------------------------------------------------------
+
+def test_schedules_by_hand():
+    c = config(steps=1000, lr=1.0 / 2)
+    assert train.learning_rate(0, c) == pytest.approx(0.5 / 101) and train.learning_rate(100, c) == pytest.approx(0.5)
+    assert train.learning_rate(550, c) == pytest.approx(0.25) and train.learning_rate(999, c) < 1e-5
+    assert train.momentum(0, c) == pytest.approx(1 - 1 / 21) and train.momentum(500, c) == pytest.approx(1 - 0.5 / 21)
+    assert train.momentum(1000, c) == 1
+    assert config(batch_size=64, model="small").lr == pytest.approx(3e-4 * 0.5 * 2)
+
+
+def test_spread_by_a_slow_loop():
+    torch.manual_seed(0)
+    latents, patches = torch.randn(6, 2, 3, 5), torch.randint(0, 8, (6, 2, 3))
+    deviations = []
+    for n in range(8):
+        here = latents[patches == n]
+        if len(here) > 1:
+            deviations.append(here.std(0, correction=0))
+    assert train.spread(latents, patches) == pytest.approx(torch.stack(deviations).mean().item(), rel=1e-4)
+    same = torch.randn(8, 5)[patches]                                              # a function of the position alone
+    assert train.spread(same, patches) < 1e-3
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"steps": 0}, "--steps 0"), ({"lr": -1.0}, "--lr"), ({"mask_ratio": 1.0}, "--mask-ratio"), ({"mask_ratio": 0.001}, "see"),
+    ({"seconds": 0.01}, "--seconds"), ({"batch_size": 0}, "--batch-size 0"), ({"device": "tpu"}, "--device tpu"),
+    ({"amp": "fp16"}, "--amp fp16"), ({"amp": "half"}, "--amp half"), ({"model": "huge"}, "--model huge"),
+    ({"mask": "time"}, "--mask time"), ({"workers": -2}, "--workers"), ({"seed": -1}, "--seed"), ({"lr": math.nan}, "--lr"),
+    ({"save_every": 0}, "--save-every"), ({"log_every": 0}, "--log-every"), ({"seconds": math.nan}, "--seconds")])
+def test_bad_settings_are_refused_by_name(changes, says):
+    with pytest.raises(train.SettingError, match=says):
+        config(**changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_an_absent_device_is_refused():
+    with pytest.raises(train.SettingError, match="not on this machine"):
+        config(device="cuda")
+
+
+def test_flop_count_by_formula():
+    c = config(batch_size=3)
+    def transformer(tokens, width, depth):                                         # 2 FLOP a multiplication and addition
+        return depth * (2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width)
+    def linear(tokens, wide, narrow):
+        return 2 * tokens * wide * narrow
+    target = linear(128, 256, 192) + transformer(128, 192, 12)
+    context = 3 * transformer(32, 192, 12) + 2 * linear(32, 256, 192)              # backward twice forward; not into the input
+    predictor = 3 * (4 * transformer(56, 96, 6) + linear(32, 192, 96) + 4 * linear(24, 96, 192))
+    assert train.step_flop(c) == pytest.approx(3 * (target + context + predictor), rel=1e-6)
+
+
+# ---- train.py: runs -------------------------------------------------------------------------------------------------------
+
+def log_rows(folder, name="ckpt.csv"):
+    with open(folder / name, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("clips_per_second", "waiting", "seconds_left")}
+                for row in csv.DictReader(file)]
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same values, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def without_settings(path):
+    return {key: value for key, value in torch.load(path, weights_only=True).items() if key != "config"}
+
+
+@pytest.mark.parametrize("mask, workers", [("block", 0), ("random", 2)])
+def test_resume_is_exact(recordings, tmp_path, mask, workers):
+    """12 clips in batches of 5: 6 steps span an epoch; the saves fall on other steps in the two runs."""
+    def go(name, steps_now, resume, save_every):
+        c = config(data=str(recordings), out=str(tmp_path / f"{name}.pt"), mask=mask, steps=6, batch_size=5, log_every=1,
+                   workers=workers, save_every=save_every)
+        step, end = train.Trainer.update, [0]
+        def update(trainer, number):
+            step(trainer, number)
+            end[0] += 1
+            if end[0] == steps_now:
+                os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Trainer, "update", update)
+            return train.train(c, model.load_checkpoint(resume) if resume else None)
+    assert go("whole", 99, None, 4) is None
+    assert go("parts", 3, None, 2) == signal.SIGTERM
+    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 4      # the step after the signal was finished
+    assert go("parts", 99, tmp_path / "parts.pt", 1000) is None
+    assert same(without_settings(tmp_path / "whole.pt"), without_settings(tmp_path / "parts.pt"))
+    assert log_rows(tmp_path, "whole.csv") == log_rows(tmp_path, "parts.csv") and len(log_rows(tmp_path, "whole.csv")) == 6
+
+
+SHORT = ["--model", "tiny", "--seconds", "0.64", "--batch-size", "4", "--workers", "1", "--device", "cpu", "--log-every", "2"]
+
+
+@pytest.fixture(scope="session")
+def trained(recordings, tmp_path_factory):
+    """A folder where `python train.py --data ...` has run for four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(["train.py", "--data", recordings, *SHORT, "--steps", 4], folder)
+    assert done.returncode == 0, done.stderr
+    assert "step 4/4" in done.stdout and "saved ckpt.pt at step 4" in done.stdout and "batch_size  4" in done.stdout
+    return folder
+
+
+def test_training_writes_a_checkpoint_with_plain_keys_and_a_log(trained):
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and checkpoint["config"]["seconds"] == 0.64
+    plain = model.AudioJEPA("tiny")
+    plain.encoder.load_state_dict(checkpoint["encoder"])
+    plain.target.load_state_dict(checkpoint["target"])
+    plain.predictor.load_state_dict(checkpoint["predictor"])
+    assert [row["step"] for row in log_rows(trained)] == ["2", "4"]
+    assert sorted(os.listdir(trained)) == ["ckpt.csv", "ckpt.pt"]
+
+
+def test_the_built_in_sounds_need_no_data_and_compiling_changes_no_names(tmp_path):
+    done = run(["train.py", *SHORT, "--steps", 2, "--amp", "bf16", "--mask", "random"], tmp_path)
+    assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
+
+
+def test_workers_may_be_spawned(recordings, tmp_path):
+    """As on macOS and Windows, where processes cannot be forked."""
+    (tmp_path / "start.py").write_text(
+        "import multiprocessing, sys, train\nif __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n    sys.exit(train.main(sys.argv[1:]))\n")
+    done = run([tmp_path / "start.py", "--data", recordings, *SHORT, "--steps", 2], tmp_path, PYTHONPATH=str(HERE))
+    assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], "ckpt.pt exists"), (["--resume", "ckpt.pt"], "ckpt.pt is complete"),
+    (["--resume", "ckpt.pt", "--mask", "random", "--lr", "0.5"], "--mask random (it has block), --lr 0.5"),
+    (["--resume", "ckpt.pt", "--steps", "9"], "--steps 9 (it has 4)"), (["--resume", "absent.pt"], "absent.pt: No such file"),
+    (["--data", "absent", "--out", "new.pt"], "no such folder"), (["--steps", "0", "--out", "new.pt"], "--steps 0"),
+    (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "cannot write absent/new.pt")])
+def test_what_train_refuses_it_refuses_in_one_line(trained, flags, says):
+    done = run(["train.py", *flags], trained)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+    assert sorted(os.listdir(trained)) == ["ckpt.csv", "ckpt.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def damaged(kind, good, path):
+    checkpoint = torch.load(good, weights_only=True)
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[:100_000])
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "other":
+        torch.save({"weights": torch.ones(2)}, path)
+    elif kind == "malicious":
+        torch.save(Malicious(), path)
+    elif kind == "misfit":
+        checkpoint["config"]["model"] = "small"
+        torch.save(checkpoint, path)
+    elif kind == "keys":
+        del checkpoint["target"]
+        torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "folder", "other", "malicious", "misfit", "keys"])
+def test_bad_checkpoints_are_told_in_one_line(trained, recordings, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    damaged(kind, trained / "ckpt.pt", tmp_path / "bad.pt")
+    assert probe.main(["bad.pt", "--data", str(recordings), "--workers", "0"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    (tmp_path / "going.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    monkeypatch.setattr(train, "Config", lambda **c: config(**(c | {"steps": 9})))
+    monkeypatch.setattr(train, "load_checkpoint", lambda path: model.load_checkpoint(path) | {"step": 2})
+    assert train.main(["--resume", "bad.pt"]) == 1
+    errors += capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and errors[0].startswith("probe.py:") and errors[1].startswith("train.py:"), errors
+    assert not os.path.exists("executed")
+
+
+def start(command, cwd):
+    return subprocess.Popen([sys.executable, "-u", str(HERE / command[0]), *map(str, command[1:])], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the process ended without saying {text!r}")
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(recordings, tmp_path, signum, code):
+    process = start(["train.py", "--data", recordings, *SHORT, "--steps", 100_000], tmp_path)
+    wait_for(process, "step 2/")
+    process.send_signal(signum)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "saved ckpt.pt" in rest and "Traceback" not in rest, rest
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] >= 2
+
+
+def test_a_second_ctrl_c_ends_at_once(recordings, tmp_path):
+    process = start(["train.py", "--data", recordings, *SHORT, "--model", "base", "--batch-size", 256], tmp_path)
+    wait_for(process, "clips;")                                                    # such a step takes minutes on a CPU
+    for _ in range(2):
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+
+
+def test_killed_at_any_moment_it_resumes_as_if_nothing_had_been(recordings, tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    command = ["train.py", "--data", recordings, *SHORT, "--steps", 12, "--save-every", 1]
+    assert run(command, tmp_path / "whole").returncode == 0
+    process, rng = start(command, tmp_path / "killed"), np.random.default_rng(0)
+    for _ in range(3):
+        wait_for(process, "clips;")
+        time.sleep(rng.uniform(0.2, 1.0))
+        process.kill()
+        process.communicate()
+        process = start(["train.py", "--resume", "ckpt.pt"], tmp_path / "killed")
+    process.communicate(timeout=120)
+    assert same(without_settings(tmp_path / "whole" / "ckpt.pt"), without_settings(tmp_path / "killed" / "ckpt.pt"))
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "killed")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    train.save_checkpoint({"a": torch.ones(3)}, str(tmp_path / "c.pt"))
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(train.SettingError, match="No space left"):
+        train.save_checkpoint({"a": torch.zeros(3)}, str(tmp_path / "c.pt"))
+    assert os.listdir(tmp_path) == ["c.pt"] and torch.load(tmp_path / "c.pt", weights_only=True)["a"].sum() == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_torch_reports_a_really_full_disk_as_an_error_that_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda path, mode, real=open: real("/dev/full", mode))
+    monkeypatch.setattr(os, "remove", lambda path: None)
+    with pytest.raises(train.SettingError, match="cannot write"):
+        train.save_checkpoint({"a": torch.zeros(3_000_000)}, str(tmp_path / "c.pt"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(recordings, tmp_path, monkeypatch, capsys):
+    gradients = train.Trainer.gradients
+    def poisoned(trainer, waveforms, step):
+        return gradients(trainer, waveforms * (math.nan if step == 3 else 1), step)
+    monkeypatch.setattr(train.Trainer, "gradients", poisoned)
+    out = tmp_path / "c.pt"
+    assert train.main(["--data", str(recordings), "--out", str(out), *SHORT, "--steps", "9", "--save-every", "1"]) == 1
+    message = capsys.readouterr().err
+    clips = data.Batches(data.AudioFiles(recordings), 4, 20_480, 0).clips(3)
+    assert "step 4 is nan" in message and all(data.AudioFiles(recordings).name(i) in message for i in clips)
+    checkpoint = torch.load(out, weights_only=True)
+    assert checkpoint["step"] == 3 and all(v.isfinite().all() for v in checkpoint["encoder"].values())
+
+
+def test_collapse_is_told_once(recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "spread", lambda latents, patches: 0.01)
+    train.train(config(data=str(recordings), out=str(tmp_path / "c.pt"), steps=4, log_every=1))
+    assert capsys.readouterr().out.count("this is collapse") == 1
+
+
+# ---- broken audio ---------------------------------------------------------------------------------------------------------
+
+def odd_file(kind, folder):
+    """Make one odd file in `folder`; returns its path."""
+    path, noise = folder / f"{kind}.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 40_000).astype(np.float32)
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("this is no sound")
+    elif kind == "no samples":
+        soundfile.write(path, noise[:0], 32_000)
+    elif kind == "nan":
+        soundfile.write(path, np.where(noise > 0.4, np.nan, noise), 32_000, subtype="FLOAT")
+    elif kind == "inf":
+        soundfile.write(path, np.where(noise > 0.4, np.inf, noise), 32_000, subtype="FLOAT")
+    elif kind == "huge":
+        soundfile.write(path, noise * 1e30, 32_000, subtype="FLOAT")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "dangling":
+        path.symlink_to("nowhere")
+    elif kind == "absent":
+        pass
+    elif kind == "unreadable rate":
+        soundfile.write(path, noise, 32_000)
+        path.write_bytes(path.read_bytes()[:24] + (4_000_000_000).to_bytes(4, "little") + path.read_bytes()[28:])
+    elif kind == "one sample":
+        soundfile.write(path, noise[:1], 32_000)
+    elif kind == "silence":
+        soundfile.write(path, noise * 0, 32_000)
+    elif kind == "dc":
+        soundfile.write(path, noise * 0 + 0.5, 32_000)
+    elif kind in ("8 bit", "24 bit", "float"):
+        soundfile.write(path, noise, 32_000, subtype={"8 bit": "PCM_U8", "24 bit": "PCM_24", "float": "FLOAT"}[kind])
+    elif kind == "8 channels":
+        soundfile.write(path, np.stack([noise] * 8, axis=1), 32_000)
+    elif kind in ("192000", "4000", "22051"):
+        soundfile.write(path, noise, int(kind))
+    elif kind == "long header":                                                    # promises more samples than there are
+        soundfile.write(path, noise, 32_000)
+        path.write_bytes(path.read_bytes()[:-40_000])
+    elif kind == "cut":
+        path = folder / "cut.flac"
+        soundfile.write(path, noise, 32_000)
+        path.write_bytes(path.read_bytes()[:30_000])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "no samples", "nan", "inf", "huge", "folder", "dangling", "absent",
+                                  "unreadable rate"])
+def test_files_that_cannot_be_used_say_why(tmp_path, kind):
+    with pytest.raises(data.DataError):
+        data.read_audio(os.fsencode(odd_file(kind, tmp_path)), 0.3, 20_480)
+
+
+@pytest.mark.parametrize("kind", ["one sample", "silence", "dc", "8 bit", "24 bit", "float", "8 channels", "192000", "4000",
+                                  "22051", "long header"])
+def test_odd_but_sound_files_are_read(tmp_path, kind):
+    clip = data.read_audio(os.fsencode(odd_file(kind, tmp_path)), 0.0, 20_480)
+    assert 1 <= len(clip) <= 20_480 and clip.abs().max() < 1.5
+    assert data.LogMel(0.64)(F.pad(clip, (0, 20_480 - len(clip)))[None]).isfinite().all()
+
+
+def test_a_cut_flac_is_read_where_it_is_whole_and_refused_where_it_is_not(tmp_path):
+    path = odd_file("cut", tmp_path)
+    assert len(data.read_audio(str(path), 0.0, 4000)) == 4000
+    with pytest.raises(data.DataError):
+        data.read_audio(str(path), 0.999, 4000)
+
+
+def test_unusable_files_are_replaced_reported_once_and_counted(recordings, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i in range(40):
+        soundfile.write(folder / f"good{i}.wav", np.random.default_rng(i).uniform(-0.1, 0.1, 9000), 16_000)
+    odd_file("text", folder)
+    train.train(config(data=str(folder), out=str(tmp_path / "c.pt"), steps=21, log_every=21))      # two epochs and a bit
+    output = capsys.readouterr().out
+    assert output.count("unusable: ") == 1 and "text.wav" in output
+    assert log_rows(tmp_path, "c.csv")[-1]["unusable"] == "2"
+    first, again = (data.Batches(data.AudioFiles(folder), 41, 20_480, seed=0)[0] for _ in range(2))
+    assert len(first.failures) == 1 and torch.equal(first.waveforms, again.waveforms) and (first.filled > 0).all()
+
+
+@pytest.mark.parametrize("bad", [4, 40])
+def test_too_many_unusable_files_end_the_run(tmp_path, monkeypatch, bad):
+    for i in range(40):
+        if i < bad:
+            (tmp_path / f"{i}.wav").touch()
+        else:
+            soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).uniform(-0.1, 0.1, 9000), 16_000)
+    guard = train.FailedReads(0, 50, str(tmp_path))
+    batches = data.Batches(data.AudioFiles(tmp_path), 50, 20_480, seed=0)
+    with pytest.raises(data.DataError, match="failed"):
+        for step in range(25):
+            guard.add(batches[step])
+    assert step == (0 if bad == 40 else 17)                                        # 18 x 50 clips + over 100 failures: 1,000 reads
+
+
+def test_a_file_that_vanishes_is_replaced(tmp_path):
+    for i in range(8):
+        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).uniform(-0.1, 0.1, 9000), 16_000)
+    batches = data.Batches(data.AudioFiles(tmp_path), 8, 20_480, seed=0)
+    (tmp_path / "3.wav").unlink()
+    assert {os.path.basename(name) for name, _ in batches[0].failures} == {"3.wav"}
+
+
+# ---- probe.py -------------------------------------------------------------------------------------------------------------
+
+def test_knn_by_hand():
+    train_features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    labels = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    votes = probe.knn_scores(train_features, labels, torch.tensor([[2.0, 0.0]]))   # similarities 1, 0 and 0.6
+    weights = [math.exp(s / 0.07) for s in (1, 0, 0.6)]
+    assert torch.allclose(votes[0, 1], torch.tensor((weights[1] + weights[2]) / sum(weights)), rtol=1e-4)
+    assert probe.accuracy(votes, torch.tensor([[1.0, 0]])) == 1
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_linear_probe_finds_the_minimum(multi_label):
+    """At the minimum the gradient vanishes: X^T (p - y) / n + l2 W = 0, written out here."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 5) * 3 + 1, F.one_hot(torch.arange(60) % 3).float()
+    if multi_label:
+        labels[::2, 0] = 1
+    standard = (x - x.mean(0)) / x.std(0)
+    probes = torch.cat([x, x.mean(0, keepdim=True), x.mean(0) + torch.diag(x.std(0))])
+    logits = probe.linear_scores(x, labels, probes, 0.1, multi_label)
+    weights = logits[61:] - logits[60]                                             # recovered from unit vectors
+    p = logits[:60].sigmoid() if multi_label else logits[:60].softmax(1)
+    assert (standard.T @ (p - labels) / 60 + 0.1 * weights).abs().max() < 2e-4
+    assert (p - labels).mean(0).abs().max() < 2e-4
+
+
+def test_ranking_metrics_by_hand():
+    scores, labels = torch.tensor([[4.0], [3], [2], [1]]), torch.tensor([[1.0], [0], [1], [0]])
+    found = probe.ranking_metrics(scores, labels)
+    assert found["mAP"] == pytest.approx((1 / 1 + 2 / 3) / 2) and found["AUC"] == pytest.approx(3 / 4)
+    assert found["d'"] == pytest.approx(math.sqrt(2) * 0.67448975)
+    with_dead_class = probe.ranking_metrics(torch.cat([scores, scores], 1), torch.cat([labels, labels * 0], 1))
+    assert with_dead_class == found
+
+
+def test_ranking_metrics_by_a_slow_loop():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, (50, 3)), rng.integers(0, 2, (50, 3))      # many ties
+    precisions, areas = [], []
+    for s, y in zip(scores.T, labels.T):
+        precisions.append(np.mean([y[s >= v].mean() for v in s[y == 1]]))
+        areas.append(np.mean([(a > b) + 0.5 * (a == b) for a in s[y == 1] for b in s[y == 0]]))
+    found = probe.ranking_metrics(torch.from_numpy(scores), torch.from_numpy(labels).float())
+    assert found["mAP"] == pytest.approx(np.mean(precisions)) and found["AUC"] == pytest.approx(np.mean(areas))
+
+
+def test_metrics_and_probe_agree_with_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    linear = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((80, 4)).round(1), rng.integers(0, 2, (80, 4))
+    found = probe.ranking_metrics(torch.from_numpy(scores), torch.from_numpy(labels).float())
+    assert found["mAP"] == pytest.approx(metrics.average_precision_score(labels, scores))
+    assert found["AUC"] == pytest.approx(metrics.roc_auc_score(labels, scores))
+    x, y = rng.standard_normal((90, 6)).astype(np.float32), rng.integers(0, 3, 90)
+    standard = (x - x.mean(0)) / x.std(0, ddof=1)
+    theirs = linear.LogisticRegression(C=1 / (0.1 * 90), tol=1e-6).fit(standard, y).decision_function(standard)
+    ours = probe.linear_scores(torch.from_numpy(x), F.one_hot(torch.from_numpy(y)).float(), torch.from_numpy(x), 0.1, False)
+    assert np.allclose(theirs - theirs.mean(1, keepdims=True), (ours - ours.mean(1, keepdim=True)).numpy(), atol=5e-3)
+
+
+def labelled(groups, classes):
+    return probe.Labelled(None, list(range(len(groups))), F.one_hot(torch.tensor(classes)).float(), groups)
+
+
+def test_rounds_use_every_clip_once_as_test_and_never_for_training():
+    stratified = probe.make_rounds(labelled([None] * 20, [0, 1] * 10))
+    given = probe.make_rounds(labelled(["1", "2", "2", "3"] * 5, [0, 1] * 10))
+    split = probe.make_rounds(labelled(["train"] * 12 + ["test"] * 8, [0, 1] * 10))
+    assert [len(rounds) for rounds in (stratified, given, split)] == [5, 3, 1]
+    for rounds in (stratified, given):
+        assert sorted(torch.cat([test for _, _, test in rounds]).tolist()) == list(range(20))
+    for train_part, valid, test in stratified + given + split:
+        parts = [set(part.tolist()) for part in (train_part, valid, test)]
+        assert parts[0] and not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
+    assert all((test % 2).sum() == 2 for _, _, test in stratified)                 # two clips of each class in each fold
+
+
+def save_tone(path, pitch=400):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.sin(2 * np.pi * pitch * np.arange(8000) / 16_000), 16_000)
+
+
+def test_labels_are_found_in_every_layout(tmp_path):
+    esc, flat, folders, split = (tmp_path / name for name in ("esc", "flat", "folders", "split"))
+    for i in range(4):
+        for folder in (esc / "audio", flat, folders / "ab"[i % 2], split / ("train", "test")[i // 2] / "ab"[i % 2]):
+            save_tone(folder / f"{i}.wav")
+    (esc / "meta").mkdir()
+    rows = "".join(f"{i}.wav,{i % 2 + 1},{'ab'[i % 2]}\n" for i in range(4))
+    (esc / "meta" / "esc50.csv").write_text("filename,fold,category\n" + rows)
+    (flat / "labels.csv").write_text("filename,fold,category\n" + rows)
+    for folder, groups in ((esc, ["1", "2"] * 2), (flat, ["1", "2"] * 2), (folders, [None] * 4),
+                           (split, ["train", "train", "test", "test"])):
+        found = probe.load_labelled(str(folder))
+        by_file = sorted((os.path.basename(found.source.path(i)), tuple(label.tolist()), group)
+                         for i, label, group in zip(found.indices, found.labels, found.groups))
+        assert by_file == [(b"%d.wav" % i, ((1, 0), (0, 1))[i % 2], groups[i]) for i in range(4)]
+
+
+def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
+    save_tone(tmp_path / "a.wav")
+    save_tone(tmp_path / "b.wav")
+    (tmp_path / "labels.csv").write_text("filename,category\na.wav,x\nghost.wav,y\n")
+    assert len(probe.load_labelled(str(tmp_path)).indices) == 1
+    output = capsys.readouterr().out
+    assert "1 of 2 rows name no file" in output and "1 of 2 clips have no label" in output
+    (tmp_path / "labels.csv").write_text("file,label\na.wav,x\n")
+    with pytest.raises(data.DataError, match="no column filename, category"):
+        probe.load_labelled(str(tmp_path))
+    (tmp_path / "labels.csv").unlink()
+    with pytest.raises(data.DataError, match="no labels here"):
+        probe.load_labelled(str(tmp_path))
+
+
+def test_classes_of_one_clip_are_left_out(capsys):
+    kept = probe.drop_rare(labelled([None] * 5, [0, 0, 1, 1, 2]))
+    assert len(kept.indices) == 4 and kept.labels.shape == (4, 2) and "1 of 3 classes" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="nothing to tell apart"):
+        probe.drop_rare(labelled([None] * 3, [0, 0, 1]))
+
+
+def test_a_class_absent_from_training_counts_as_wrong():
+    features = torch.randn(30, 4)
+    lone = labelled([str(f) for f in [0] * 10 + [1] * 10 + [2] * 10], [0, 1] * 10 + [2] * 10)
+    results = probe.evaluate(features, lone, probe.make_rounds(lone))
+    assert results["linear"]["accuracy"][2] == results["knn"]["accuracy"][2] == 0
+
+
+def test_the_encoder_in_one_call(trained):
+    encoder = model.load_encoder(trained / "ckpt.pt")
+    assert encoder.output_dim == 8 * 192 and encoder.hop_seconds == pytest.approx(0.04)
+    long = torch.randn(2, 50_000)                                                  # 3 windows of 20,480, 39.06 columns of 1,280
+    embeddings = encoder(long, 32_000)
+    assert embeddings.shape == (2, 40, 1536)
+    assert torch.allclose(encoder(long[1], 32_000)[0], embeddings[1], atol=1e-4)   # whatever else is in the batch
+    assert torch.allclose(encoder(long[:, :20_480], 32_000), embeddings[:, :16], atol=1e-4)
+    assert encoder(torch.randn(800), 8_000).shape == (1, 3, 1536)                  # a tenth of a second: 2.5 columns
+    tokens = encoder.encoder(model.patchify(encoder.mel(long[:, :20_480])))
+    for row, column in ((0, 0), (5, 9)):
+        assert torch.allclose(embeddings[0, column, row * 192:(row + 1) * 192], tokens[0, row * 16 + column], atol=1e-4)
+
+
+def test_padding_does_not_enter_the_features(trained, tmp_path):
+    for name, seconds in (("short", 0.3), ("long", 1.9)):
+        time_axis = np.arange(int(32_000 * seconds)) / 32_000
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * np.sin(2 * np.pi * 500 * time_axis), 32_000)
+    encoder = model.load_encoder(trained / "ckpt.pt")
+    source = data.AudioFiles(tmp_path)
+    pair = probe.Labelled(source, [0, 1], torch.eye(2), [None, None])
+    together, _ = probe.compute_features(pair, {"trained": encoder}, encoder.mel, 0, "time")
+    for i in range(2):
+        alone = encoder(source.crop(i, 0.0, None), 32_000)[0].mean(0)
+        assert torch.allclose(together["trained"][i], alone, atol=1e-4)
+        frames = encoder.mel.log_mel(source.crop(i, 0.0, None)[None])[0]
+        frames = ((frames - encoder.mel.mean) / encoder.mel.deviation)[:, :math.ceil(len(source.crop(i, 0.0, None)) / 80)]
+        assert torch.allclose(together["log-mel"][i], torch.cat([frames.mean(1), frames.std(1, correction=0)]), atol=0.05)
+
+
+def test_the_probe_command_prints_three_rows(trained, recordings, tmp_path):
+    done = run(["probe.py", trained / "ckpt.pt", "--json", tmp_path / "t.json", "--workers", 0], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["log-mel", "untrained", "trained"]
+    results = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert set(results) == {"log-mel", "untrained", "trained"} and 0 <= min(results["trained"]["knn"]["accuracy"]) <= 1
+
+
+def test_the_probe_leaves_out_what_it_cannot_read(trained, tmp_path, capsys):
+    for i in range(12):
+        save_tone(tmp_path / "ab"[i % 2] / f"{i}.wav", 300 + 900 * (i % 2))
+    (tmp_path / "a" / "broken.wav").write_text("no sound")
+    assert probe.main([str(trained / "ckpt.pt"), "--data", str(tmp_path), "--workers", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "unusable, left out" in output and "12 clips, 2 classes" in output
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
+def test_real_recordings_are_read():
+    files = data.AudioFiles(REAL)
+    batch = data.Batches(files, 16, 81_920, seed=0)[0]
+    assert len(files) == 3595 and not batch.failures and data.LogMel(2.56)(batch.waveforms).isfinite().all()

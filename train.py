@@ -320,7 +320,6 @@ def train(config, resume=None):
     loader = make_loader(batches, range(first, config.steps), config.workers, trainer.device)
     for step, batch in zip(range(first, config.steps), loader):
         waited += time.perf_counter() - asked
-        stopping = bool(stopped)
         failed.add(batch)
         done, counted = step + 1, counted + config.batch_size
         logs = done % config.log_every == 0 or done == config.steps
@@ -328,6 +327,7 @@ def train(config, resume=None):
 
         loss, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
         losses.append(loss)
+        stopping = bool(stopped)                                                   # a later signal waits for the next step
         if logs or saves or stopping or trainer.device.type == "cpu":              # a GPU would have to wait for each look
             check_finite(losses, step, batches)
             losses.clear()
