@@ -149,7 +149,7 @@ class BuiltInSounds:
     def crop(self, index, position, n_samples):
         """The whole clip (n_samples,), always from its start: built-in clips are as long as a crop."""
         rng = np.random.default_rng([12, int(index)])
-        n_sound = int(self.n_samples * rng.uniform(0.3, 0.9))
+        n_sound = self.n_samples // 256 * int(rng.uniform(77, 230))                # 0.3 to 0.9 of the clip
         onset = rng.integers(self.n_samples - n_sound)
         sound = self.make(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
         sound *= np.minimum(1, np.minimum(np.arange(n_sound), np.arange(n_sound)[::-1]) / 320)       # no clicks at the ends
@@ -164,10 +164,9 @@ class BuiltInSounds:
         pitch = 110 * 2 ** rng.uniform(0, 3)                                       # Hz, three octaves
         rate = rng.uniform(3, 12)                                                  # Hz, of everything that repeats
         swing = np.sin(2 * np.pi * rate * time + rng.uniform(0, 6))
-        noise = colored_noise(len(time), rng)
 
-        def harmonics(phase, amplitudes):
-            return sum(a * np.sin(k * phase) for k, a in enumerate(amplitudes, start=1))
+        def harmonics(phase, amplitudes):                                          # sum of a_k sin(k phase), as a polynomial
+            return np.polynomial.polynomial.polyval(np.exp(1j * phase), [0, *amplitudes]).imag
 
         def pulses(times, decay):                                                  # a click at each of `times`
             train = np.zeros(len(time))
@@ -193,13 +192,13 @@ class BuiltInSounds:
         if kind == "crackle":                                                      # the same clicks at random times
             return pulses(rng.uniform(0, time[-1], int(rate * time[-1]) + 2), 0.004)
         if kind == "noise burst":
-            return noise * np.exp(-time * rng.uniform(1, 6))
+            return colored_noise(len(time), rng) * np.exp(-time * rng.uniform(1, 6))
         if kind == "pulsed noise":
-            return noise * (1 + 0.9 * swing)
+            return colored_noise(len(time), rng) * (1 + 0.9 * swing)
         if kind == "wobble":                                                       # a tone with the same tremolo
             return harmonics(steady, rolloff) * (1 + 0.9 * swing)
         if kind == "engine":                                                       # noisy pulses at a low pitch
-            return harmonics(steady / 8, np.ones(24)) * (0.6 + 0.4 * noise / (np.abs(noise).max() + 1e-9))
+            return harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng))
         if kind == "vowel":                                                        # three formants over a low voice
             k, voice = np.arange(1, 31), pitch / 3 + 60
             gains = sum(np.exp(-((k * voice - f) / 120) ** 2)

@@ -443,7 +443,7 @@ def test_workers_may_be_spawned(recordings, tmp_path):
     (["--resume", "ckpt.pt", "--mask", "random", "--lr", "0.5"], "--mask random (it has block), --lr 0.5"),
     (["--resume", "ckpt.pt", "--steps", "9"], "--steps 9 (it has 4)"), (["--resume", "absent.pt"], "absent.pt: No such file"),
     (["--data", "absent", "--out", "new.pt"], "no such folder"), (["--steps", "0", "--out", "new.pt"], "--steps 0"),
-    (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "cannot write absent/new.pt")])
+    (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "absent is no folder")])
 def test_what_train_refuses_it_refuses_in_one_line(trained, flags, says):
     done = run(["train.py", *flags], trained)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
@@ -456,7 +456,7 @@ class Malicious:
 
 
 def damaged(kind, good, path):
-    checkpoint = torch.load(good, weights_only=True)
+    checkpoint = torch.load(good, weights_only=True) | {"step": 2}                 # not complete, so it could be resumed
     if kind == "empty":
         path.touch()
     elif kind == "truncated":
@@ -483,9 +483,6 @@ def test_bad_checkpoints_are_told_in_one_line(trained, recordings, tmp_path, mon
     damaged(kind, trained / "ckpt.pt", tmp_path / "bad.pt")
     assert probe.main(["bad.pt", "--data", str(recordings), "--workers", "0"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    (tmp_path / "going.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    monkeypatch.setattr(train, "Config", lambda **c: config(**(c | {"steps": 9})))
-    monkeypatch.setattr(train, "load_checkpoint", lambda path: model.load_checkpoint(path) | {"step": 2})
     assert train.main(["--resume", "bad.pt"]) == 1
     errors += capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and errors[0].startswith("probe.py:") and errors[1].startswith("train.py:"), errors
@@ -529,7 +526,7 @@ def test_killed_at_any_moment_it_resumes_as_if_nothing_had_been(recordings, tmp_
     command = ["train.py", "--data", recordings, *SHORT, "--steps", 12, "--save-every", 1]
     assert run(command, tmp_path / "whole").returncode == 0
     process, rng = start(command, tmp_path / "killed"), np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(2):
         wait_for(process, "clips;")
         time.sleep(rng.uniform(0.2, 1.0))
         process.kill()
@@ -658,7 +655,9 @@ def test_unusable_files_are_replaced_reported_once_and_counted(recordings, tmp_p
     train.train(config(data=str(folder), out=str(tmp_path / "c.pt"), steps=21, log_every=21))      # two epochs and a bit
     output = capsys.readouterr().out
     assert output.count("unusable: ") == 1 and "text.wav" in output
-    assert log_rows(tmp_path, "c.csv")[-1]["unusable"] == "2"
+    batches = data.Batches(data.AudioFiles(folder), 4, 20_480, seed=0)
+    failures = sum(len(batches[step].failures) for step in range(21))
+    assert failures >= 2 and log_rows(tmp_path, "c.csv")[-1]["unusable"] == str(failures)
     first, again = (data.Batches(data.AudioFiles(folder), 41, 20_480, seed=0)[0] for _ in range(2))
     assert len(first.failures) == 1 and torch.equal(first.waveforms, again.waveforms) and (first.filled > 0).all()
 

@@ -111,6 +111,8 @@ def resolve(config):
     need(0 < round(config.mask_ratio * N_PATCHES) < N_PATCHES,
          f"--mask-ratio {config.mask_ratio}: leaves no patch to see or none to predict; it must lie inside 0 and 1")
 
+    folder = os.path.dirname(config.out) or "."
+    need(os.path.isdir(folder) and os.access(folder, os.W_OK), f"--out {config.out}: {folder} is no folder to write to")
     device = str(find_device(config.device))
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     need(config.amp != "bf16" or bf16 or not device.startswith("cuda"), "--amp bf16: this GPU has none; use --amp fp16")
