@@ -220,7 +220,7 @@ def colored_noise(n, rng):
 # ---- batches ------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    waveforms: torch.Tensor           # (B, S) float32 at 32 kHz, short clips padded with zeros
+    waveforms: torch.Tensor           # (B, S) float32 at 32 kHz, padded with zeros; None after 20 unusable files in a row
     filled: torch.Tensor              # (B,) samples of each clip that are not padding
     failures: list                    # (name, reason) of every file that could not be used
 
@@ -262,7 +262,7 @@ class Batches(torch.utils.data.Dataset):
                     failures.append((self.source.name(index), str(error)))
                     index = int(rng.integers(len(self.source)))
             else:
-                raise DataError(f"20 unusable files in a row, the last {failures[-1][0]}: {failures[-1][1]}")
+                return Batch(None, None, failures)
             waveforms[i, :len(clip)] = clip
             filled[i] = len(clip)
         return Batch(waveforms, filled, failures)
@@ -316,6 +316,8 @@ class LogMel(nn.Module):
         frames = []
         for step in range(math.ceil(n_clips / batches.batch_size)):
             batch = batches[step]
+            if batch.waveforms is None:
+                raise DataError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
             held = torch.arange(N_FRAMES) * self.hop < batch.filled[:, None]       # (B, T)
             frames.append(self.log_mel(batch.waveforms)[..., :N_FRAMES].transpose(1, 2)[held])     # (frames, F)
         values = torch.cat(frames)

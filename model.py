@@ -21,6 +21,7 @@ from data import N_MELS, SAMPLE_RATE, LogMel, to_sample_rate
 from masking import COLUMNS, ROWS
 
 PATCH = N_MELS // ROWS                # 16 bands x 16 frames
+REDUNDANCY_WEIGHT = 0.3
 SIZES = {"tiny": dict(width=192, depth=12, heads=3), "small": dict(width=384, depth=12, heads=6),
          "base": dict(width=768, depth=12, heads=12)}
 
@@ -69,10 +70,13 @@ class Block(nn.Module):
 
 
 def init_weights(model):
-    """Truncated normal (deviation 0.02) for every matrix, zero for every bias, as in ViT and I-JEPA."""
+    """Truncated normal of deviation 1 / sqrt(inputs) for every matrix, so that signals keep their size; zero biases.
+
+    ViT's usual 0.02 makes the blocks of a narrow encoder nearly linear at first, and the first goals as poor as they are.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
             nn.init.zeros_(module.bias)
 
 
@@ -128,6 +132,23 @@ class Predictor(nn.Module):
         return rearrange(self.project(self.norm(x[:, -K:])), "(b m) k d -> b m k d", m=M)
 
 
+def redundancy(latents):
+    """How far the features of latents (B, C, D) are from having unit variance and being uncorrelated, over all tokens.
+
+    The prediction alone lets the encoder forget all that predicts nothing elsewhere, first of all what a patch itself
+    sounds like. Features that must vary and must not repeat one another leave no room to forget, or to collapse.
+    Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        tokens = latents.float().flatten(0, 1)                                     # (B C, D)
+        tokens = tokens - tokens.mean(0)
+        covariance = tokens.T @ tokens / len(tokens)                               # (D, D)
+        variance = covariance.diagonal()
+        too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()
+        correlated = (covariance.square().sum() - variance.square().sum()) / len(variance)
+        return too_small + 0.1 * correlated
+
+
 class AudioJEPA(nn.Module):
     """Encoder, predictor and target; calling it computes the loss."""
 
@@ -143,9 +164,9 @@ class AudioJEPA(nn.Module):
         """What the predictor should find at every patch: patches (B, N, E) -> (B, N, D), the target's latents, normalised.
 
         Each block's output is standardised over the tokens of its clip, feature by feature, so a goal that is the same
-        everywhere in a clip counts for nothing; the average over the blocks keeps the goals tied to the sound while the
-        last blocks have learned nothing yet; the layer norm gives every goal the same size. With the last block's layer
-        norm alone, as in I-JEPA, small runs collapse. Source: EAT (arXiv 2401.03497), data2vec (arXiv 2202.03555), 3.3.
+        everywhere in a clip counts for nothing; the average over the blocks ties the goals to the sound while the last
+        blocks have learned nothing yet; the layer norm gives every goal the same size. With the last block's layer norm
+        alone, as in I-JEPA, small runs collapse. Source: EAT (arXiv 2401.03497), data2vec (arXiv 2202.03555), 3.3.
         """
         standardised = [F.instance_norm(rearrange(x.float(), "b n d -> b d n")) for x in self.target.layers(patches)]
         return F.layer_norm(rearrange(sum(standardised), "b d n -> b n d"), [self.target.norm.weight.numel()])
@@ -155,7 +176,8 @@ class AudioJEPA(nn.Module):
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
         goals = take(self.goals(patches), targets)                                 # (B, M, K, D)
-        return F.smooth_l1_loss(predictions, goals), predictions, goals
+        loss = F.smooth_l1_loss(predictions, goals) + REDUNDANCY_WEIGHT * redundancy(latents)
+        return loss, predictions, goals
 
     @torch.no_grad()
     def update_target(self, momentum):

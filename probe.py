@@ -243,6 +243,20 @@ def compute_features(data, encoders, mel, workers, pool):
     return {name: torch.cat(parts).cpu() for name, parts in features.items()}, readable
 
 
+class AudioJEPAEncoder(torch.nn.Module):
+    """The encoder as the benchmark X-ARES wants it: made without arguments, from the checkpoint that the environment
+    variable AUDIO_JEPA_CKPT names (ckpt.pt). Audio (B, S) at 32 kHz -> embeddings (B, T', D')."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = load_encoder(os.environ.get("AUDIO_JEPA_CKPT", "ckpt.pt"))
+        self.sampling_rate, self.output_dim = SAMPLE_RATE, self.encoder.output_dim
+        self.hop_size_in_ms = 1000 * self.encoder.hop_seconds
+
+    def forward(self, audio):
+        return self.encoder(audio, SAMPLE_RATE)
+
+
 # ---- the two probes -----------------------------------------------------------------------------------------------------
 
 def linear_scores(train, labels, test, l2, multi_label):

@@ -248,7 +248,7 @@ def test_sizes_and_initialisation(size, millions):
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == millions
     linears = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert all(not m.bias.any() for m in linears)
-    assert all(abs(m.weight.std().item() - 0.02) < 0.001 and m.weight.abs().max() <= 2 for m in linears[1:])
+    assert all(m.weight.std().item() * m.in_features ** 0.5 == pytest.approx(1, abs=0.02) for m in linears)
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +285,19 @@ def test_the_loss_by_hand_and_where_its_gradient_goes(jepa):
     for b, m, k in ((0, 0, 0), (1, 3, 23), (1, 2, 7)):
         assert torch.equal(goals[b, m, k], jepa.goals(patches)[b, targets[b, m, k]])
     gap = (predictions - goals).abs()
-    assert torch.allclose(loss, torch.where(gap < 1, gap ** 2 / 2, gap - 0.5).mean())
+    distance = torch.where(gap < 1, gap ** 2 / 2, gap - 0.5).mean()
+    assert torch.allclose(loss, distance + 0.3 * model.redundancy(jepa.encoder(patches, context)))
     loss.backward()
     assert all(p.grad is None for p in jepa.target.parameters()) and not goals.requires_grad
     assert all(p.grad is not None for p in [*jepa.encoder.parameters(), *jepa.predictor.parameters()])
+
+
+def test_redundancy_by_hand():
+    ideal = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])[None]             # unit variance, uncorrelated
+    assert model.redundancy(ideal) == pytest.approx(0, abs=1e-4)
+    assert model.redundancy(ideal * 0.5) == pytest.approx(0.5, abs=1e-3)           # both deviations are half of what they should
+    assert model.redundancy(ideal[..., [0, 0]]) == pytest.approx(0.1 * 2 / 2, abs=1e-3)       # covariance 1, twice, over D = 2
+    assert model.redundancy(ideal + 7) == pytest.approx(0, abs=1e-4)               # the mean is free
 
 
 def test_the_target_follows_the_encoder(jepa):
@@ -351,7 +360,8 @@ def test_flop_count_by_formula():
     target = linear(128, 256, 192) + transformer(128, 192, 12)
     context = 3 * transformer(32, 192, 12) + 2 * linear(32, 256, 192)              # backward twice forward; not into the input
     predictor = 3 * (4 * transformer(56, 96, 6) + linear(32, 192, 96) + 4 * linear(24, 96, 192))
-    assert train.step_flop(c) == pytest.approx(3 * (target + context + predictor), rel=1e-6)
+    covariance = 3 * linear(32, 192, 192)
+    assert train.step_flop(c) == pytest.approx(3 * (target + context + predictor + covariance), rel=1e-6)
 
 
 # ---- train.py: runs -------------------------------------------------------------------------------------------------------
