@@ -21,7 +21,6 @@ from data import N_MELS, SAMPLE_RATE, LogMel, to_sample_rate
 from masking import COLUMNS, ROWS
 
 PATCH = N_MELS // ROWS                # 16 bands x 16 frames
-REDUNDANCY_WEIGHT = 0.3
 SIZES = {"tiny": dict(width=192, depth=12, heads=3), "small": dict(width=384, depth=12, heads=6),
          "base": dict(width=768, depth=12, heads=12)}
 
@@ -176,7 +175,7 @@ class AudioJEPA(nn.Module):
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
         goals = take(self.goals(patches), targets)                                 # (B, M, K, D)
-        loss = F.smooth_l1_loss(predictions, goals) + REDUNDANCY_WEIGHT * redundancy(latents)
+        loss = F.smooth_l1_loss(predictions, goals) + redundancy(latents)
         return loss, predictions, goals
 
     @torch.no_grad()
@@ -201,6 +200,9 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1":
         raise CheckpointError(f"{path}: a file of another program, not a checkpoint of train.py")
+    missing = {"config", "step", "unusable", "n_clips", "encoder", "target", "predictor", "mel"} - checkpoint.keys()
+    if missing:
+        raise CheckpointError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
     return checkpoint
 
 

@@ -9,6 +9,7 @@ a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3; every sch
 
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -393,10 +394,11 @@ def laps(items, work, device):
 
 def bench(config, n):
     """Time n steps of the training that `config` describes, without a checkpoint: loader, step, and both together."""
-    import resource                                                                # here, for Windows does not have it
+    import resource                                                                # here, not above: Windows has none
+    from torch._dynamo.utils import counters                                       # and this costs a second
     trainer, device = Trainer(config), torch.device(config.device)
     batches = Batches(open_source(config), config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
-    graphs = torch._dynamo.utils.counters["stats"]
+    graphs = counters["stats"]
     waited = []
 
     def step(batch):
@@ -419,8 +421,10 @@ def bench(config, n):
     def clips(times):
         return [config.batch_size / t for t in times]
 
-    make = lambda: iter(make_loader(batches, range(n + 2), config.workers, device))
-    times = laps(make(), lambda batch: None, device)
+    def loader():
+        return iter(make_loader(batches, range(n + 2), config.workers, device))
+
+    times = laps(loader(), lambda batch: None, device)
     line("loader alone", clips(times), "clips/s")
     line(f"  for each of {max(1, config.workers)} worker(s)", [c / max(1, config.workers) for c in clips(times)], "clips/s")
     batch = batches[0]
@@ -430,7 +434,7 @@ def bench(config, n):
     alone = laps([batch] * (n + 2), step, device)
     line("step alone", [1e3 * t for t in alone], "ms")
     line("", clips(alone), "clips/s")
-    both = laps(timed(make()), step, device)
+    both = laps(timed(loader()), step, device)
     line("both, as in training", clips(both), "clips/s")
     line("  waiting for data", [100 * w / t for w, t in zip(waited[2:], both)], "%")
     flop, best = step_flop(config), matmul_rate(device, trainer.dtype)
@@ -449,6 +453,8 @@ def main(argv=None):
     """The command line; returns the exit code."""
     given, resume, n_bench = parse(argv)
     try:
+        if n_bench is not None and n_bench < 2:
+            raise SettingError(f"--bench {n_bench}: must be at least 2")
         checkpoint = load_checkpoint(resume) if resume else None
         if resume:
             saved = checkpoint["config"]
@@ -465,11 +471,9 @@ def main(argv=None):
         if not resume and not n_bench and os.path.exists(config.out):
             raise SettingError(f"{config.out} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
-        if config.device == "cpu" and config.amp == "bf16":                        # the fused attention's backward pass is
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)           # slow there in bf16, the plain one fast
-            with sdpa_kernel(SDPBackend.MATH):
-                signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
-        else:
+        slow = config.device == "cpu" and config.amp == "bf16"                     # there, the fused attention's backward
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(slow)               # pass takes six times the plain one's
+        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
             signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
     except (DataError, SettingError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
