@@ -386,10 +386,11 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     args = parser.parse_args(argv)
     try:
-        return probe(args)
+        probe(args)
     except (DataError, CheckpointError, SettingError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

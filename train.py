@@ -59,7 +59,7 @@ class Config:
     log_every: int = setting(50, "steps between log lines")
 
 
-BUILT_IN = dict(model="tiny", seconds=2.56, steps=500, batch_size=32, log_every=25, save_every=100)
+BUILT_IN = dict(model="tiny", seconds=1.28, steps=250, batch_size=32, log_every=25, save_every=50)
 BUILT_IN_CLIPS = 2400
 FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # these do not change the result
 
