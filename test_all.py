@@ -690,7 +690,8 @@ def test_too_many_unusable_files_end_the_run(tmp_path, monkeypatch, bad):
     with pytest.raises(data.DataError, match="failed"):
         for step in range(25):
             guard.add(batches[step])
-    assert step == (0 if bad == 40 else 17)                                        # 18 x 50 clips + over 100 failures: 1,000 reads
+    reads = np.cumsum([50 + len(batches[step].failures) for step in range(25)])
+    assert step == (0 if bad == 40 else np.flatnonzero(reads >= 1000)[0])          # at once if nothing can be read
 
 
 def test_a_file_that_vanishes_is_replaced(tmp_path):
