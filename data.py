@@ -322,8 +322,10 @@ class LogMel(nn.Module):
             batch = batches[step]
             if batch.waveforms is None:
                 raise DataError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
-            held = torch.arange(N_FRAMES) * self.hop < batch.filled[:, None]       # (B, T)
-            frames.append(self.log_mel(batch.waveforms)[..., :N_FRAMES].transpose(1, 2)[held])     # (frames, F)
+            device = self.mean.device
+            held = torch.arange(N_FRAMES, device=device) * self.hop < batch.filled.to(device)[:, None]       # (B, T)
+            log_mel = self.log_mel(batch.waveforms.to(device))[..., :N_FRAMES]
+            frames.append(log_mel.transpose(1, 2)[held])                           # (frames, F)
         values = torch.cat(frames)
         self.mean.copy_(values.mean())
         self.deviation.copy_(values.std().clamp(min=1e-3))

@@ -87,10 +87,10 @@ def parse(argv):
 
 
 def find_device(name):
-    """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     kind = here[0] if name == "auto" else name
-    if kind.split(":")[0] not in here:
+    if kind not in here:
         raise SettingError(f"--device {name}: not on this machine, which has {', '.join(here)}")
     return torch.device(kind)
 
@@ -114,15 +114,16 @@ def resolve(config):
 
     folder = os.path.dirname(config.out) or "."
     need(os.path.isdir(folder) and os.access(folder, os.W_OK), f"--out {config.out}: {folder} is no folder to write to")
-    device = str(find_device(config.device))
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    need(config.amp != "bf16" or bf16 or not device.startswith("cuda"), "--amp bf16: this GPU has none; use --amp fp16")
-    need(config.amp != "fp16" or device.startswith("cuda"), f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
+    device = find_device(config.device).type
+    on_cuda = device == "cuda"
+    bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    need(config.amp != "bf16" or bf16 or not on_cuda, "--amp bf16: this GPU has none; use --amp fp16")
+    need(config.amp != "fp16" or on_cuda, f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
     lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
     return dataclasses.replace(
         config, device=device, lr=config.lr or lr,
-        amp=config.amp if config.amp != "auto" else "off" if not device.startswith("cuda") else "bf16" if bf16 else "fp16",
-        compile=device.startswith("cuda") if config.compile is None else config.compile,
+        amp=config.amp if config.amp != "auto" else "off" if not on_cuda else "bf16" if bf16 else "fp16",
+        compile=on_cuda if config.compile is None else config.compile,
         workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
 
 
@@ -164,6 +165,8 @@ class Trainer:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.amp]
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+        self.parts = {"encoder": self.model.encoder, "target": self.model.target, "predictor": self.model.predictor,
+                      "mel": self.mel, "optimizer": self.optimizer, "scaler": self.scaler}       # what a checkpoint holds
         if config.compile:
             self.model.compile()                                                   # in place: parameter names stay plain
 
@@ -192,17 +195,6 @@ class Trainer:
 
     def gradient_norm(self):
         return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None).item()
-
-    def state(self):
-        return {"encoder": self.model.encoder.state_dict(), "target": self.model.target.state_dict(),
-                "predictor": self.model.predictor.state_dict(), "mel": self.mel.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def restore(self, checkpoint):
-        for name, part in (("encoder", self.model.encoder), ("target", self.model.target),
-                           ("predictor", self.model.predictor), ("mel", self.mel), ("optimizer", self.optimizer),
-                           ("scaler", self.scaler)):
-            restore(part, checkpoint, name)
 
 
 def spread(latents, patches):
@@ -296,12 +288,14 @@ def train(config, resume=None):
 
     def save(step):
         save_checkpoint({"format": "audio-jepa 1", "config": dataclasses.asdict(config), "step": step,
-                         "unusable": failed.total, "n_clips": len(source), **trainer.state()}, config.out)
+                         "unusable": failed.total, "n_clips": len(source),
+                         **{name: part.state_dict() for name, part in trainer.parts.items()}}, config.out)
 
     if resume:
         if resume["n_clips"] != len(source):
             raise SettingError(f"--data {config.data}: {len(source)} clips now, {resume['n_clips']} when the run began")
-        trainer.restore(resume)
+        for name, part in trainer.parts.items():
+            restore(part, resume, name)
     else:
         trainer.mel.fit(batches)
         save(0)                                                                    # a full disk shows now, not tonight
