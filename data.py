@@ -273,10 +273,11 @@ class Batches(torch.utils.data.Dataset):
 
 
 def start_worker(_):
-    """In a worker: one thread, and leave Ctrl-C to the main process, which stops the workers once it has saved."""
+    """In a worker: one thread, and no answer to signals, which often go to all processes: the main one saves, then ends
+    its workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(batches, steps, workers, device):

@@ -501,7 +501,7 @@ def test_bad_checkpoints_are_told_in_one_line(trained, recordings, tmp_path, mon
 
 def start(command, cwd):
     return subprocess.Popen([sys.executable, "-u", str(HERE / command[0]), *map(str, command[1:])], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def wait_for(process, text):
@@ -515,7 +515,7 @@ def wait_for(process, text):
 def test_a_signal_finishes_the_step_and_saves(recordings, tmp_path, signum, code):
     process = start(["train.py", "--data", recordings, *SHORT, "--steps", 100_000], tmp_path)
     wait_for(process, "step 2/")
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)                                                 # as a terminal does: the workers get it too
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == code and "saved ckpt.pt" in rest and "Traceback" not in rest, rest
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] >= 2
