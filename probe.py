@@ -153,35 +153,42 @@ def drop_rare(data):
     return data
 
 
+def hold_out(indices):
+    """A tenth of some clips, and the rest: (rest, tenth)."""
+    shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    return shuffled[torch.arange(len(shuffled)) % 10 > 0], shuffled[::10]
+
+
 def make_rounds(data):
     """Evaluation rounds as (train, valid, test) clip indices: one for given splits, one a fold otherwise.
 
     `valid` chooses the regularisation; where no validation part is given, the fold after the test fold, or a tenth of
     the training part, takes that office. Test clips choose nothing.
     """
-    groups = data.groups
-    everything = torch.arange(len(groups))
+    groups, everything = data.groups, torch.arange(len(data.groups))
     if set(groups) & {"train", "valid", "test"}:
-        part = {name: everything[[group == name for group in groups]] for name in ("train", "valid", "test")}
-        if not len(part["train"]) or not len(part["test"]):
+        train, valid, test = (everything[[group == name for group in groups]] for name in ("train", "valid", "test"))
+        if not len(train) or not len(test):
             raise DataError("the split needs both a 'train' and a 'test' part")
-        if not len(part["valid"]):
-            shuffled = part["train"][torch.randperm(len(part["train"]), generator=torch.Generator().manual_seed(0))]
-            part["valid"], part["train"] = shuffled[::10], shuffled[torch.arange(len(shuffled)) % 10 > 0]
-        return [(part["train"], part["valid"], part["test"])]
+        return [(train, valid, test) if len(valid) else (*hold_out(train), test)]
     if None in groups:                                                             # stratified: deal each class out in turn
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
         order = order[data.labels[order].argmax(1).argsort(stable=True)]
         fold = torch.empty(len(groups), dtype=torch.long)
-        fold[order] = everything % 5
+        fold[order] = everything % min(5, len(groups))
     else:
         names = sorted(set(groups))
         fold = torch.tensor([names.index(group) for group in groups])
-    n_folds = int(fold.max()) + 1
+    n_folds, rounds = int(fold.max()) + 1, []
     if n_folds < 2:
         raise DataError("all clips are in one fold; the probe needs at least two")
-    return [(everything[(fold != f) & (fold != (f + 1) % n_folds)] if n_folds > 2 else everything[fold != f],
-             everything[fold == (f + 1) % n_folds], everything[fold == f]) for f in range(n_folds)]
+    for test in range(n_folds):
+        if n_folds == 2:
+            rounds.append((*hold_out(everything[fold != test]), everything[fold == test]))
+        else:
+            valid = (test + 1) % n_folds
+            rounds.append((everything[(fold != test) & (fold != valid)], everything[fold == valid], everything[fold == test]))
+    return rounds
 
 
 # ---- features -----------------------------------------------------------------------------------------------------------
@@ -387,7 +394,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         probe(args)
-    except (DataError, CheckpointError, SettingError) as error:
+    except (DataError, CheckpointError, SettingError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -229,16 +229,18 @@ COLUMNS = ["step", "loss", "lr", "momentum", "goal_spread", "prediction_spread",
 
 
 def open_log(config, first):
-    """The CSV log beside the checkpoint, kept up to step `first`: rows that an interrupted run wrote after it go."""
+    """The CSV log beside the checkpoint, open to append after step `first`; rows an interrupted run wrote later are gone."""
     path, rows = os.path.splitext(config.out)[0] + ".csv", []
     if first and os.path.exists(path):
         with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-    file = open(path, "w", newline="", buffering=1)                                # a line is on disk once it is written
-    log = csv.DictWriter(file, COLUMNS)
-    log.writeheader()
-    log.writerows(rows)
-    return file, log
+            rows = [row for row in csv.DictReader(file) if row[COLUMNS[-1]] and int(row["step"]) <= first]
+    with open(path + ".tmp", "w", newline="") as file:
+        log = csv.DictWriter(file, COLUMNS)
+        log.writeheader()
+        log.writerows(rows)
+    os.replace(path + ".tmp", path)
+    file = open(path, "a", newline="", buffering=1)                                # a line is on disk once it is written
+    return file, csv.DictWriter(file, COLUMNS)
 
 
 def open_source(config):
@@ -469,7 +471,7 @@ def main(argv=None):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(slow)               # pass takes six times the plain one's
         with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
             signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
-    except (DataError, SettingError, CheckpointError) as error:
+    except (DataError, SettingError, CheckpointError, OSError) as error:           # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     return 128 + signum if signum else 0
