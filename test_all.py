@@ -803,6 +803,33 @@ def test_labels_are_found_in_every_layout(tmp_path):
         assert by_file == [(b"%d.wav" % i, ((1, 0), (0, 1))[i % 2], groups[i]) for i in range(4)]
 
 
+def test_audioset_is_found_by_its_segment_files(tmp_path, capsys):
+    """Names as downloaders write them; identifiers that hold - and _; labels quoted; one row and one clip left over."""
+    header = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=3\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    (tmp_path / "balanced_train_segments.csv").write_text(
+        header + '-abc_DEF-12, 30.000, 40.000, "/m/a,/m/b"\nYYYYYYYYYYY, 0.000, 10.000, "/m/b"\n')
+    (tmp_path / "eval_segments.csv").write_text(
+        header + 'a_b-c_d-e_f, 1.000, 11.000, "/m/a"\n00000000000, 0.000, 10.000, "/m/b"\n')
+    for name in ("-abc_DEF-12_30.000.flac", "YYYYYYYYYYYY.wav", "a_b-c_d-e_f.wav", "zzzzzzzzzzz.wav"):
+        save_tone(tmp_path / "audio" / name)
+    found = probe.load_labelled(str(tmp_path))
+    by_file = {os.path.basename(found.source.path(i)): (label.tolist(), group)
+               for i, label, group in zip(found.indices, found.labels, found.groups)}
+    assert by_file == {b"-abc_DEF-12_30.000.flac": ([1, 1], "train"), b"YYYYYYYYYYYY.wav": ([0, 1], "train"),
+                       b"a_b-c_d-e_f.wav": ([1, 0], "test")}
+    output = capsys.readouterr().out
+    assert "1 rows of the segment files have no clip" in output and "1 of 4 clips have no label" in output
+
+
+def test_several_labels_a_clip_give_ranking_metrics():
+    torch.manual_seed(0)
+    labels = (torch.rand(60, 3) < 0.4).float()
+    features = labels @ torch.randn(3, 8) + 0.1 * torch.randn(60, 8)               # the labels can be read off
+    many = probe.Labelled(None, list(range(60)), labels, ["train"] * 40 + ["test"] * 20)
+    results = probe.evaluate(features, many, probe.make_rounds(many))
+    assert set(results["knn"]) == {"mAP", "AUC", "d'"} and results["linear"]["mAP"][0] > 0.9
+
+
 def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
     save_tone(tmp_path / "a.wav")
     save_tone(tmp_path / "b.wav")

@@ -341,10 +341,10 @@ def train(config, resume=None):
             row |= {"clips_per_second": counted / passed, "waiting": waited / passed,
                     "seconds_left": (config.steps - done) * config.batch_size * passed / counted}
             log.writerow(row)
-            print("step {step}/{steps}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  spread {goal_spread:.2f} "
-                  "goals {prediction_spread:.2f} predictions  gradient {gradient_norm:.2f}  unusable {unusable}  "
-                  "{clips_per_second:.0f} clips/s  waiting {waiting:.0%}  left {left}".format(
-                      **row, steps=config.steps, left=datetime.timedelta(seconds=round(row["seconds_left"]))), flush=True)
+            left = datetime.timedelta(seconds=round(row["seconds_left"]))
+            print("step {step}/{0}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  goal spread {goal_spread:.2f}  "
+                  "prediction spread {prediction_spread:.2f}  gradient {gradient_norm:.2f}  unusable {unusable}  "
+                  "{clips_per_second:.0f} clips/s  waiting {waiting:.0%}  left {1}".format(config.steps, left, **row), flush=True)
             if row["goal_spread"] < COLLAPSED and config.batch_size > 1 and not warned:
                 warned = True
                 print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
