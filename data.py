@@ -95,8 +95,9 @@ class AudioFiles:
                 subfolders.sort()                                                  # one order on every machine
                 for name in sorted(names):
                     if name.lower().endswith(EXTENSIONS):
-                        found += os.path.relpath(os.path.join(folder, name), self.root) + b"\0"
+                        found += os.path.join(folder, name) + b"\0"
             self.text, end = np.frombuffer(bytes(found), np.uint8), 0              # a path may hold "\n", never "\0"
+            self.root = b""
             if not found:
                 raise DataError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()} in all sub-folders)")
         elif os.path.isfile(self.root):
