@@ -100,6 +100,22 @@ def test_files_are_found_in_every_spelling_and_in_one_order(tmp_path):
     assert all(files.name(i).isprintable() for i in range(len(files)))
 
 
+@pytest.mark.parametrize("name", [b"with space.wav", b"quote'\".wav", b"new\nline.wav", b"not utf-8 \xff.wav"])
+def test_files_with_odd_names_are_read(tmp_path, name):
+    write_ramp(tmp_path / "plain.wav")
+    os.rename(tmp_path / "plain.wav", os.path.join(os.fsencode(tmp_path), name))
+    batch = data.Batches(data.AudioFiles(tmp_path), 1, 8000, seed=0)[0]
+    assert not batch.failures and batch.filled == 8000
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_without_permission_is_unusable(tmp_path):
+    write_ramp(tmp_path / "a.wav")
+    (tmp_path / "a.wav").chmod(0)
+    with pytest.raises(data.DataError):
+        data.read_audio(str(tmp_path / "a.wav"))
+
+
 def test_a_list_of_paths_is_relative_to_itself(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a.wav\n\nsub/b.wav\r\n/abs/c.wav")
     files = data.AudioFiles(tmp_path / "list.txt")
