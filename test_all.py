@@ -889,6 +889,13 @@ def test_the_encoder_in_one_call(trained):
         assert torch.allclose(embeddings[0, column, row * 192:(row + 1) * 192], tokens[0, row * 16 + column], atol=1e-4)
 
 
+def test_the_encoder_as_x_ares_wants_it(trained, monkeypatch):
+    monkeypatch.setenv("AUDIO_JEPA_CKPT", str(trained / "ckpt.pt"))
+    encoder = probe.AudioJEPAEncoder()
+    assert (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (32_000, 1536, pytest.approx(40))
+    assert encoder(torch.randn(2, 50_000)).shape == (2, 40, 1536)
+
+
 def test_padding_does_not_enter_the_features(trained, tmp_path):
     for name, seconds in (("short", 0.3), ("long", 1.9)):
         time_axis = np.arange(int(32_000 * seconds)) / 32_000
