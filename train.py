@@ -61,7 +61,7 @@ class Config:
 
 BUILT_IN = dict(model="tiny", seconds=1.28, steps=250, batch_size=32, log_every=25, save_every=50)
 BUILT_IN_CLIPS = 2400
-FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # these do not change the result
+FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # change nothing but, the device, rounding
 
 
 class SettingError(Exception):
