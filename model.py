@@ -214,7 +214,7 @@ def restore(part, checkpoint, name):
         raise CheckpointError(f"the checkpoint's '{name}' is missing or does not fit its settings") from error
 
 
-class AudioEncoder(nn.Module):
+class Embedder(nn.Module):
     """Waveforms in, embeddings over time out: the frozen encoder as other code wants it.
 
     output_dim: D', the encoder's width times 8, for the 8 bands of a time column are kept apart: side by side, not
@@ -250,14 +250,14 @@ class AudioEncoder(nn.Module):
 
 
 def load_encoder(path, which="target", layer=None):
-    """The trained encoder of a checkpoint as an AudioEncoder, on the CPU, from the checkpoint alone.
+    """The trained encoder of a checkpoint as an Embedder, on the CPU, from the checkpoint alone.
 
     which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
     of this block, counted from 1, instead of the whole encoder's. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
     try:
-        encoder = AudioEncoder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
+        encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its settings are incomplete") from error
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError, start_worker
 from masking import ROWS
-from model import AudioEncoder, CheckpointError, load_checkpoint, load_encoder
+from model import Embedder, CheckpointError, load_checkpoint, load_encoder
 from train import BUILT_IN_CLIPS, SettingError, find_device
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
@@ -359,7 +359,7 @@ def probe(args):
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
     config = load_checkpoint(args.checkpoint)["config"]
     torch.manual_seed(0)
-    untrained = AudioEncoder(config["model"], config["seconds"], args.layer)
+    untrained = Embedder(config["model"], config["seconds"], args.layer)
     untrained.mel.load_state_dict(trained.mel.state_dict())
     device = find_device(args.device)
     encoders = {"untrained": untrained.eval().to(device), "trained": trained.to(device)}

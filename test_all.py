@@ -891,6 +891,7 @@ def test_the_encoder_in_one_call(trained):
 
 def test_the_encoder_as_x_ares_wants_it(trained, monkeypatch):
     monkeypatch.setenv("AUDIO_JEPA_CKPT", str(trained / "ckpt.pt"))
+    assert [name for name in dir(probe) if name.endswith("Encoder")] == ["AudioJEPAEncoder"]       # it takes the only one
     encoder = probe.AudioJEPAEncoder()
     assert (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (32_000, 1536, pytest.approx(40))
     assert encoder(torch.randn(2, 50_000)).shape == (2, 40, 1536)
