@@ -80,7 +80,8 @@ def init_weights(model):
 
 
 class Encoder(nn.Module):
-    """ViT over the patches it is given: (B, N, E), optionally only those at `visible` (B, C) -> latents (B, n, D)."""
+    """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D), after all blocks or the
+    first `layer`. Hidden patches are dropped, not zeroed: they cost nothing, and no zero tells where something is missing."""
 
     def __init__(self, width, depth, heads):
         super().__init__()
@@ -90,20 +91,14 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
-    def layers(self, patches, visible=None):
-        """The tokens after every block, a list of (B, n, D)."""
+    def forward(self, patches, visible=None, layer=None):
         positions = self.positions.expand(len(patches), -1, -1)                    # (B, N, D)
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
         x = self.embed(patches) + positions
-        outputs = []
-        for block in self.blocks:
+        for block in self.blocks[:layer]:
             x = block(x)
-            outputs.append(x)
-        return outputs
-
-    def forward(self, patches, visible=None):
-        return self.norm(self.layers(patches, visible)[-1])
+        return self.norm(x) if layer is None else x
 
 
 class Predictor(nn.Module):
@@ -160,15 +155,11 @@ class AudioJEPA(nn.Module):
 
     @torch.no_grad()
     def goals(self, patches):
-        """What the predictor should find at every patch: patches (B, N, E) -> (B, N, D), the target's latents, normalised.
+        """What the predictor should find at every patch: the target's latents, patches (B, N, E) -> (B, N, D).
 
-        Each block's output is standardised over the tokens of its clip, feature by feature, so a goal that is the same
-        everywhere in a clip counts for nothing; the average over the blocks ties the goals to the sound while the last
-        blocks have learned nothing yet; the layer norm gives every goal the same size. With the last block's layer norm
-        alone, as in I-JEPA, small runs collapse. Source: EAT (arXiv 2401.03497), data2vec (arXiv 2202.03555), 3.3.
+        The layer norm gives every goal the same size, so the target cannot make the loss small by shrinking its goals.
         """
-        standardised = [F.instance_norm(rearrange(x.float(), "b n d -> b d n")) for x in self.target.layers(patches)]
-        return F.layer_norm(rearrange(sum(standardised), "b d n -> b n d"), [self.target.norm.weight.numel()])
+        return F.layer_norm(self.target(patches).float(), [self.target.norm.weight.numel()])
 
     def forward(self, patches, context, targets):
         """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D)."""
@@ -230,7 +221,7 @@ class Embedder(nn.Module):
 
     def tokens(self, patches):
         """(B, N, E) -> (B, N, D): the encoder's output, or that of block `layer`, counted from 1."""
-        return (self.encoder(patches) if self.layer is None else self.encoder.layers(patches)[self.layer - 1]).float()
+        return self.encoder(patches, layer=self.layer).float()
 
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
