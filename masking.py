@@ -13,6 +13,7 @@ N_PATCHES = ROWS * COLUMNS
 N_BLOCKS = 4                          # M, target blocks a clip
 BLOCK_SHARE = (0.15, 0.20)            # of the grid, one block
 BLOCK_ASPECT = (0.75, 1.5)            # share of the time axis / share of the frequency axis
+HIDDEN = 0.6                          # share of the patches that random masks hide
 
 
 def block_shapes():
@@ -57,22 +58,23 @@ def block_masks(n_clips, generator):
     return context, targets
 
 
-def random_masks(n_clips, generator, ratio):
-    """Unstructured masks: a random share `ratio` of the patches is hidden and predicted in one go (M = 1).
+def random_masks(n_clips, generator):
+    """Unstructured masks: a random 60 % of the patches are hidden and predicted in one go (M = 1).
 
-    The paper draws 40-60 % anew for every batch; we keep one ratio, so the shapes never change.
+    The paper draws 40 to 60 % anew for every batch; we keep one share, so the shapes never change. The share is that of
+    Riou et al. (arXiv 2405.08679).
 
     Returns: context (B, C), targets (B, 1, K), int64 patch indices.
     """
-    n_target = round(ratio * N_PATCHES)
+    n_target = round(HIDDEN * N_PATCHES)
     order = torch.rand(n_clips, N_PATCHES, generator=generator).argsort(dim=1)
     return order[:, n_target:], order[:, None, :n_target]
 
 
-def make_masks(kind, ratio, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). kind: 'block' or 'random' (then `ratio` counts)."""
+def make_masks(kind, n_clips, seed, step):
+    """The masks of one step, a pure function of (seed, step). kind: 'block' or 'random'."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return block_masks(n_clips, generator) if kind == "block" else random_masks(n_clips, generator, ratio)
+    return block_masks(n_clips, generator) if kind == "block" else random_masks(n_clips, generator)
 
 
 def draw(context, targets):
@@ -89,7 +91,7 @@ def draw(context, targets):
 
 if __name__ == "__main__":
     for kind in ("block", "random"):
-        context, targets = make_masks(kind, 0.5, n_clips=1, seed=0, step=0)
+        context, targets = make_masks(kind, n_clips=1, seed=0, step=0)
         print(f"{kind}: {context.shape[1]} of {N_PATCHES} patches visible, {targets.shape[1]} target block(s) "
               f"of {targets.shape[2]} patches (# visible, digits hidden, . not used; time goes right, pitch up)")
         print(draw(context[0], targets[0]), end="\n\n")

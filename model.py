@@ -102,7 +102,12 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """A narrow ViT: from the context's latents (B, C, D), guess the latents at `targets` (B, M, K) -> (B, M, K, D)."""
+    """A narrow ViT: from the context's latents (B, C, D), guess the goals at `targets` (B, M, K) -> (B, M, K, D).
+
+    It is the part that may know where a patch is and what usually lies there. Without it the latents themselves would have
+    to equal those of other places, which they do best by being all alike. Each block is predicted without sight of the
+    others. Half the encoder's width, for a predictor as strong as the encoder could do the encoder's work.
+    """
 
     def __init__(self, encoder_width, width, depth, heads):
         super().__init__()
@@ -129,8 +134,8 @@ class Predictor(nn.Module):
 def redundancy(latents):
     """How far the features of latents (B, C, D) are from having unit variance and being uncorrelated, over all tokens.
 
-    The prediction alone lets the encoder forget all that predicts nothing elsewhere, first of all what a patch itself
-    sounds like. Features that must vary and must not repeat one another leave no room to forget, or to collapse.
+    Constant features are easy to predict (collapse), and so are features that tell the place but not the sound. Features
+    that must vary, and must not repeat one another, leave room for neither.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
@@ -153,16 +158,19 @@ class AudioJEPA(nn.Module):
         self.predictor = Predictor(width, width // 2, 6, heads)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    @torch.no_grad()
+    @torch.no_grad()                                                               # stop-gradient: goals are given, not learned
     def goals(self, patches):
-        """What the predictor should find at every patch: the target's latents, patches (B, N, E) -> (B, N, D).
+        """What the predictor should find: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        The layer norm gives every goal the same size, so the target cannot make the loss small by shrinking its goals.
+        The layer norm makes every goal the same size, so that shrinking them cannot make the loss small. I-JEPA, section 3.
         """
         return F.layer_norm(self.target(patches).float(), [self.target.norm.weight.numel()])
 
     def forward(self, patches, context, targets):
-        """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D)."""
+        """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D).
+
+        loss = smooth-L1(predictions, goals) + redundancy(latents)
+        """
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
         goals = take(self.goals(patches), targets)                                 # (B, M, K, D)
@@ -171,7 +179,10 @@ class AudioJEPA(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum):
-        """target = momentum * target + (1 - momentum) * encoder, for all parameters in one call."""
+        """target = momentum * target + (1 - momentum) * encoder, for all parameters in one call.
+
+        A slow target asks the same question for many steps, and averages out what the encoder only tries. BYOL, 3.1.
+        """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
 
@@ -191,7 +202,7 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1":
         raise CheckpointError(f"{path}: a file of another program, not a checkpoint of train.py")
-    missing = {"config", "step", "unusable", "n_clips", "encoder", "target", "predictor", "mel"} - checkpoint.keys()
+    missing = {"config", "step", "log", "unusable", "n_clips", "encoder", "target", "predictor", "mel"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
     return checkpoint
@@ -247,10 +258,9 @@ def load_encoder(path, which="target", layer=None):
     of this block, counted from 1, instead of the whole encoder's. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its settings are incomplete") from error
+    encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
+    if layer is not None and not 1 <= layer <= len(encoder.encoder.blocks):
+        raise CheckpointError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.blocks)}")
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")
     return encoder.eval()

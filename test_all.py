@@ -199,7 +199,7 @@ def test_block_shapes_by_hand():
 
 @pytest.mark.parametrize("kind", ["block", "random"])
 def test_masks_keep_their_promises(kind):
-    context, targets = masking.make_masks(kind, 0.6, 2000, seed=0, step=0)
+    context, targets = masking.make_masks(kind, 2000, seed=0, step=0)
     assert (context.shape, targets.shape) == (((2000, 32), (2000, 4, 24)) if kind == "block" else ((2000, 51), (2000, 1, 77)))
     for visible, blocks in zip(context.tolist()[:200], targets.tolist()[:200]):
         assert len(set(visible)) == len(visible) and all(len(set(block)) == len(block) for block in blocks)
@@ -217,8 +217,8 @@ def test_masks_keep_their_promises(kind):
 
 
 def test_masks_are_a_pure_function_of_seed_and_step():
-    first = masking.make_masks("block", 0, 8, seed=1, step=2)
-    again, later, other = (masking.make_masks("block", 0, 8, s, t) for s, t in ((1, 2), (1, 3), (2, 2)))
+    first = masking.make_masks("block", 8, seed=1, step=2)
+    again, later, other = (masking.make_masks("block", 8, s, t) for s, t in ((1, 2), (1, 3), (2, 2)))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], later[1]) and not torch.equal(first[1], other[1])
 
@@ -275,7 +275,7 @@ def jepa():
 
 @pytest.mark.parametrize("kind", ["block", "random"])
 def test_hidden_patches_cannot_reach_the_prediction(jepa, kind):
-    context, targets = masking.make_masks(kind, 0.6, 2, seed=0, step=0)
+    context, targets = masking.make_masks(kind, 2, seed=0, step=0)
     patches, hidden = torch.randn(2, 128, 256), torch.ones(2, 128, dtype=torch.bool)
     hidden.scatter_(1, context, False)
     changed = patches + 100 * hidden[..., None]
@@ -286,7 +286,7 @@ def test_hidden_patches_cannot_reach_the_prediction(jepa, kind):
 
 
 def test_each_block_is_predicted_on_its_own(jepa):
-    context, targets = masking.make_masks("block", 0, 2, seed=0, step=0)
+    context, targets = masking.make_masks("block", 2, seed=0, step=0)
     latents = torch.randn(2, 32, 192)
     together = jepa.predictor(latents, context, targets)
     for block in range(4):
@@ -295,7 +295,7 @@ def test_each_block_is_predicted_on_its_own(jepa):
 
 
 def test_the_loss_by_hand_and_where_its_gradient_goes(jepa):
-    context, targets = masking.make_masks("block", 0, 2, seed=0, step=0)
+    context, targets = masking.make_masks("block", 2, seed=0, step=0)
     patches = torch.randn(2, 128, 256)
     loss, predictions, goals = jepa(patches, context, targets)
     for b, m, k in ((0, 0, 0), (1, 3, 23), (1, 2, 7)):
@@ -330,8 +330,8 @@ def test_the_target_follows_the_encoder(jepa):
 
 def test_schedules_by_hand():
     c = config(steps=1000, lr=1.0 / 2)
-    assert train.learning_rate(0, c) == pytest.approx(0.5 / 101) and train.learning_rate(100, c) == pytest.approx(0.5)
-    assert train.learning_rate(550, c) == pytest.approx(0.25) and train.learning_rate(999, c) < 1e-5
+    assert train.learning_rate(0, c) == pytest.approx(0.5 / 51) and train.learning_rate(50, c) == pytest.approx(0.5)
+    assert train.learning_rate(525, c) == pytest.approx(0.25) and train.learning_rate(999, c) < 1e-5
     assert train.momentum(0, c) == pytest.approx(1 - 1 / 21) and train.momentum(500, c) == pytest.approx(1 - 0.5 / 21)
     assert train.momentum(1000, c) == 1
     assert config(batch_size=64, model="small").lr == pytest.approx(3e-4 * 0.5 * 2)
@@ -351,7 +351,7 @@ def test_spread_by_a_slow_loop():
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"steps": 0}, "--steps 0"), ({"lr": -1.0}, "--lr"), ({"mask_ratio": 1.0}, "--mask-ratio"), ({"mask_ratio": 0.001}, "see"),
+    ({"steps": 0}, "--steps 0"), ({"lr": -1.0}, "--lr"), 
     ({"seconds": 0.01}, "--seconds"), ({"batch_size": 0}, "--batch-size 0"), ({"device": "tpu"}, "--device tpu"),
     ({"amp": "fp16"}, "--amp fp16"), ({"amp": "half"}, "--amp half"), ({"model": "huge"}, "--model huge"),
     ({"mask": "time"}, "--mask time"), ({"workers": -2}, "--workers"), ({"seed": -1}, "--seed"), ({"lr": math.nan}, "--lr"),
@@ -400,7 +400,7 @@ def same(a, b):
 
 
 def without_settings(path):
-    return {key: value for key, value in torch.load(path, weights_only=True).items() if key != "config"}
+    return {key: value for key, value in torch.load(path, weights_only=True).items() if key not in ("config", "log")}
 
 
 @pytest.mark.parametrize("mask, workers", [("block", 0), ("random", 2)])
