@@ -8,8 +8,10 @@ Nothing here depends on what was read before: batch number `step` is a pure func
 sees exactly what an undisturbed one sees, however many workers read for it.
 """
 
+import atexit
 import functools
 import math
+import multiprocessing
 import os
 import signal
 from typing import NamedTuple
@@ -72,7 +74,7 @@ def read_audio(path, position=0.0, n_samples=None):
         raise DataError(str(error)) from error
     if len(samples) == 0:
         raise DataError("no samples")
-    if not np.abs(samples).max() < 1e4:                                            # NaN is not < 1e4 either
+    if not -1e4 < samples.min() <= samples.max() < 1e4:                            # NaN fails every comparison
         raise DataError("samples that are NaN, infinite or absurdly large")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     return to_sample_rate(torch.from_numpy(mono), rate)[:n_samples]
@@ -279,6 +281,13 @@ def start_worker(_):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Python ends what is left of its workers by SIGTERM and waits, for ever here, if an error ends the program."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def make_loader(batches, steps, workers, device):

@@ -464,6 +464,14 @@ def test_workers_may_be_spawned(recordings, tmp_path):
     assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
 
 
+def test_an_error_of_any_kind_ends_the_workers_too(tmp_path):
+    (tmp_path / "fail.py").write_text(
+        "import data, torch\nbatches = data.Batches(data.BuiltInSounds(36, 0.64), 4, 20480, 0)\n"
+        "loader = iter(data.make_loader(batches, range(99), 2, torch.device('cpu')))\nnext(loader)\n1 / 0\n")
+    done = run([tmp_path / "fail.py"], tmp_path, timeout=30, PYTHONPATH=str(HERE))
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.parametrize("flags, says", [
     ([], "ckpt.pt exists"), (["--resume", "ckpt.pt"], "ckpt.pt is complete"),
     (["--resume", "ckpt.pt", "--mask", "random", "--lr", "0.5"], "--mask random (it has block), --lr 0.5"),
