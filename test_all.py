@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -324,6 +325,30 @@ def test_the_target_follows_the_encoder(jepa):
     jepa.update_target(0.9)
     for old, new, goal in zip(before, jepa.target.parameters(), jepa.encoder.parameters()):
         assert torch.allclose(new, 0.9 * old + 0.1 * goal, atol=1e-6)
+
+
+# ---- README.md ------------------------------------------------------------------------------------------------------------
+
+def test_the_readme_tells_the_shapes_that_there_are():
+    """The ledger of one clip on its way, row by row, against the tensors themselves."""
+    ledger = dict(re.findall(r"^\| (\w+) \| (\(.*?\)) \|.*$", (HERE / "README.md").read_text(), flags=re.M))
+    waveform = torch.randn(1, data.hop_samples(10.0) * data.N_FRAMES)
+    spectrogram = data.LogMel(10.0)(waveform)
+    patches, (context, targets) = model.patchify(spectrogram), masking.make_masks("block", 1, seed=0, step=0)
+    jepa = model.AudioJEPA("base")
+    with torch.no_grad():
+        latents = jepa.encoder(patches, context)
+        loss, predictions, goals = jepa(patches, context, targets)
+    stages = dict(waveform=waveform, spectrogram=spectrogram, patches=patches, context=context, targets=targets,
+                  latents=latents, predictions=predictions, goals=goals)
+    assert ledger == {name: str(tuple(tensor.shape[1:])) for name, tensor in stages.items()} | {"loss": str(tuple(loss.shape))}
+
+
+def test_the_readme_cites_lines_that_hold_what_it_says():
+    cited = re.findall(r"`(\w+\.py):(\d+)` `([^`]+)`", (HERE / "README.md").read_text())
+    assert len(cited) > 10
+    for file, number, fragment in cited:
+        assert fragment in (HERE / file).read_text().splitlines()[int(number) - 1], (file, number, fragment)
 
 
 # ---- train.py: schedules, meters, settings --------------------------------------------------------------------------------
