@@ -285,8 +285,9 @@ def start_worker(_):
 
 @atexit.register
 def end_workers():
-    """Python ends what is left of its workers by SIGTERM and waits, for ever here, if an error ends the program."""
+    """If an error ends the program, Python sends SIGTERM to the workers and waits for them: here, for ever."""
     for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                              # else the DataLoader reports a murder
         worker.kill()
 
 
