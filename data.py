@@ -86,7 +86,7 @@ class AudioFiles:
     """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
 
     Two million paths as Python strings would be copied into every worker as soon as it touches their reference counts;
-    here they are one array of bytes and the offsets of the ends. Raises DataError if there is nothing to read.
+    here they are one array of bytes and the offsets where each starts and ends. Raises DataError if there is nothing to read.
     """
 
     def __init__(self, root):
@@ -98,7 +98,7 @@ class AudioFiles:
                 for name in sorted(names):
                     if name.lower().endswith(EXTENSIONS):
                         found += os.path.join(folder, name) + b"\0"
-            self.text, end = np.frombuffer(bytes(found), np.uint8), 0              # a path may hold "\n", never "\0"
+            self.text, end = np.frombuffer(bytes(found), np.uint8), 0              # a path may hold a new line, never a 0
             self.root = b""
             if not found:
                 raise DataError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()} in all sub-folders)")
@@ -154,7 +154,7 @@ class BuiltInSounds:
         return f"built-in sound {index} ({self.classes[index % 12]})"
 
     def crop(self, index, position, n_samples):
-        """The whole clip (n_samples,), always from its start: built-in clips are as long as a crop."""
+        """The whole clip (S,): built-in clips are as long as a crop, so there is no position to choose."""
         rng = np.random.default_rng([12, int(index)])
         n_sound = self.n_samples // 256 * int(rng.uniform(77, 230))                # 0.3 to 0.9 of the clip
         onset = rng.integers(self.n_samples - n_sound)
@@ -276,16 +276,13 @@ class Batches(torch.utils.data.Dataset):
 
 
 def start_worker(_):
-    """In a worker: one thread, and no answer to signals, which often go to all processes: the main one saves, then ends
-    its workers."""
-    torch.set_num_threads(1)
+    """In a worker: no answer to signals, which often go to all processes. The main one saves, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers():
-    """If an error ends the program, Python sends SIGTERM to the workers and waits for them: here, for ever."""
+    """At the exit of the program. After an error, Python would send workers SIGTERM and wait; ours ignore it."""
     for worker in multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                              # else the DataLoader reports a murder
         worker.kill()
@@ -293,6 +290,7 @@ def end_workers():
 
 def make_loader(batches, steps, workers, device):
     """A DataLoader over the batches numbered `steps`; each worker makes whole batches, in order, ahead of time."""
+    atexit.register(end_workers)
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=start_worker,
         pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None)
@@ -325,7 +323,7 @@ class LogMel(nn.Module):
             return (torch.cat(parts) + MEL_FLOOR).log()                            # four times as fast
 
     def forward(self, waveforms):
-        return (self.log_mel(waveforms)[..., :N_FRAMES] - self.mean) / self.deviation
+        return (self.log_mel(waveforms)[..., :N_FRAMES] - self.mean) / self.deviation      # the last frame is one too many
 
     def fit(self, batches, n_clips=256):
         """Set `mean` and `deviation` from the first clips of the training order, over the frames that hold sound."""

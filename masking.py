@@ -35,8 +35,8 @@ def block_shapes():
 def block_masks(n_clips, generator):
     """Multi-block masks: four blocks to predict, each on its own, and a context outside all of them.
 
-    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Even four disjoint blocks leave
-    32 patches, so the context is 32 patches drawn evenly from those left over, whatever the overlaps.
+    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Blocks may overlap one another;
+    even four that do not leave 32 patches, so the context is always 32 patches, drawn evenly from those left over.
 
     Returns: context (B, C), targets (B, M, K), int64 patch indices.
     """
@@ -45,16 +45,16 @@ def block_masks(n_clips, generator):
     inside = torch.stack([                                                          # (n_shapes, K): one block's patches
         (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in shapes.tolist()])
 
-    draw = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
-    shape = (draw[0] * len(shapes)).long()                                          # (B, M)
-    free_rows, free_columns = ROWS - shapes[shape, 0], COLUMNS - shapes[shape, 1]
-    top = (draw[1] * (free_rows + 1)).long()                                        # + 1: the last row counts too
-    left = (draw[2] * (free_columns + 1)).long()
-    targets = (top * COLUMNS + left)[..., None] + inside[shape]                     # (B, M, K)
+    uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
+    which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
+    free_rows, free_columns = ROWS - shapes[which, 0], COLUMNS - shapes[which, 1]
+    top = (uniform[1] * (free_rows + 1)).long()                                     # + 1: I-JEPA's code never takes the last
+    left = (uniform[2] * (free_columns + 1)).long()
+    targets = (top * COLUMNS + left)[..., None] + inside[which]                     # (B, M, K)
 
-    order = torch.rand(n_clips, N_PATCHES, generator=generator)                     # a random order of the patches,
-    order.scatter_(1, targets.flatten(1), 2.0)                                      # hidden ones after all others
-    context = order.topk(N_PATCHES - N_BLOCKS * n_target, largest=False).indices    # (B, C)
+    # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.
+    keys = torch.rand(n_clips, N_PATCHES, generator=generator).scatter_(1, targets.flatten(1), 2.0)
+    context = keys.topk(N_PATCHES - N_BLOCKS * n_target, largest=False).indices    # (B, C)
     return context, targets
 
 
@@ -71,10 +71,13 @@ def random_masks(n_clips, generator):
     return order[:, n_target:], order[:, None, :n_target]
 
 
+MASKS = {"block": block_masks, "random": random_masks}
+
+
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). kind: 'block' or 'random'."""
+    """The masks of one step, a pure function of (seed, step). kind: one of MASKS."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return block_masks(n_clips, generator) if kind == "block" else random_masks(n_clips, generator)
+    return MASKS[kind](n_clips, generator)
 
 
 def draw(context, targets):
@@ -90,7 +93,7 @@ def draw(context, targets):
 
 
 if __name__ == "__main__":
-    for kind in ("block", "random"):
+    for kind in MASKS:
         context, targets = make_masks(kind, n_clips=1, seed=0, step=0)
         print(f"{kind}: {context.shape[1]} of {N_PATCHES} patches visible, {targets.shape[1]} target block(s) "
               f"of {targets.shape[2]} patches (# visible, digits hidden, . not used; time goes right, pitch up)")

@@ -7,6 +7,7 @@ The letters of all shapes in this project:
     B clips              S samples of a clip (32 kHz)     F mel bands (128)       T frames (256)
     N patches (128)      C patches of the context         M target blocks         K patches of one block
     D encoder width      P predictor width                H attention heads       E values of one patch (16 x 16 = 256)
+    T' embeddings of a clip, one a column of patches      D' = 8 D, their size: the 8 bands of a column side by side
 """
 
 import copy
@@ -51,8 +52,8 @@ def sincos_positions(rows, columns, width):
     return torch.cat([repeat(row, "r d -> (r c) d", c=columns), repeat(column, "c d -> (r c) d", r=rows)], dim=1)
 
 
-class Block(nn.Module):
-    """One pre-norm transformer block: tokens (B, n, D) exchange information (attention), then each thinks (MLP)."""
+class Layer(nn.Module):
+    """One pre-norm transformer layer: tokens (B, n, D) exchange information (attention), then each thinks (MLP)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -71,7 +72,7 @@ class Block(nn.Module):
 def init_weights(model):
     """Truncated normal of deviation 1 / sqrt(inputs) for every matrix, so that signals keep their size; zero biases.
 
-    ViT's usual 0.02 makes the blocks of a narrow encoder nearly linear at first, and the first goals as poor as they are.
+    ViT's usual 0.02 makes the layers of a narrow encoder nearly linear at first, and the first goals as poor as they are.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -80,14 +81,17 @@ def init_weights(model):
 
 
 class Encoder(nn.Module):
-    """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D), after all blocks or the
-    first `layer`. Hidden patches are dropped, not zeroed: they cost nothing, and no zero tells where something is missing."""
+    """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D).
+
+    Hidden patches are dropped, not zeroed: they cost nothing, and the encoder cannot see where something is missing.
+    `layer`: stop after this many layers, without the last norm.
+    """
 
     def __init__(self, width, depth, heads):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
@@ -96,8 +100,8 @@ class Encoder(nn.Module):
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
         x = self.embed(patches) + positions
-        for block in self.blocks[:layer]:
-            x = block(x)
+        for one in self.layers[:layer]:
+            x = one(x)
         return self.norm(x) if layer is None else x
 
 
@@ -115,7 +119,7 @@ class Predictor(nn.Module):
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, encoder_width)
         init_weights(self)
@@ -126,16 +130,16 @@ class Predictor(nn.Module):
         known = self.embed(latents) + take(positions, context)                     # (B, C, P)
         asked = self.mask_token + take(positions, targets)                         # (B, M, K, P)
         x = torch.cat([repeat(known, "b c p -> (b m) c p", m=M), rearrange(asked, "b m k p -> (b m) k p")], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        for layer in self.layers:
+            x = layer(x)
         return rearrange(self.project(self.norm(x[:, -K:])), "(b m) k d -> b m k d", m=M)
 
 
 def redundancy(latents):
-    """How far the features of latents (B, C, D) are from having unit variance and being uncorrelated, over all tokens.
+    """How far the features of latents (B, C, D) are from varying (deviation 1 or more) and from not repeating one another.
 
-    Constant features are easy to predict (collapse), and so are features that tell the place but not the sound. Features
-    that must vary, and must not repeat one another, leave room for neither.
+    Features that are constant are the easiest to predict (collapse), those that tell the place but not the sound the next.
+    The first term forbids the former; the second makes the latter a minority, for place alone has few independent features.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
@@ -144,8 +148,8 @@ def redundancy(latents):
         covariance = tokens.T @ tokens / len(tokens)                               # (D, D)
         variance = covariance.diagonal()
         too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()
-        correlated = (covariance.square().sum() - variance.square().sum()) / len(variance)
-        return too_small + 0.1 * correlated
+        repeated = (covariance.square().sum() - variance.square().sum()) / len(variance)
+        return too_small + 0.1 * repeated
 
 
 class AudioJEPA(nn.Module):
@@ -153,23 +157,24 @@ class AudioJEPA(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        width, depth, heads = SIZES[size].values()
-        self.encoder = Encoder(width, depth, heads)
-        self.predictor = Predictor(width, width // 2, 6, heads)
+        width, heads = SIZES[size]["width"], SIZES[size]["heads"]
+        self.encoder = Encoder(**SIZES[size])
+        self.predictor = Predictor(width, width // 2, depth=6, heads=heads)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     @torch.no_grad()                                                               # stop-gradient: goals are given, not learned
     def goals(self, patches):
-        """What the predictor should find: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
+        """What the predictor should find anywhere: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        The layer norm makes every goal the same size, so that shrinking them cannot make the loss small. I-JEPA, section 3.
+        The layer norm, unlike the target's own, has no scale to learn: shrinking goals cannot make the loss small. I-JEPA's code.
         """
-        return F.layer_norm(self.target(patches).float(), [self.target.norm.weight.numel()])
+        latents = self.target(patches).float()
+        return F.layer_norm(latents, latents.shape[-1:])
 
     def forward(self, patches, context, targets):
         """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D).
 
-        loss = smooth-L1(predictions, goals) + redundancy(latents)
+            loss = smooth-L1(predictions, goals) + redundancy(latents)
         """
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
@@ -226,13 +231,9 @@ class Embedder(nn.Module):
     def __init__(self, size, seconds, layer=None):
         super().__init__()
         self.layer = layer
-        self.mel, self.encoder = LogMel(seconds), Encoder(*SIZES[size].values())
-        self.column = PATCH * self.mel.hop                                         # samples of one column of patches
+        self.mel, self.encoder = LogMel(seconds), Encoder(**SIZES[size])
+        self.column = PATCH * self.mel.hop                                         # samples in one column of patches
         self.output_dim, self.hop_seconds = ROWS * SIZES[size]["width"], self.column / SAMPLE_RATE
-
-    def tokens(self, patches):
-        """(B, N, E) -> (B, N, D): the encoder's output, or that of block `layer`, counted from 1."""
-        return self.encoder(patches, layer=self.layer).float()
 
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
@@ -246,7 +247,7 @@ class Embedder(nn.Module):
         windows = math.ceil(n_columns / COLUMNS)
         padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))
         batches = rearrange(padded, "b (window s) -> (b window) s", window=windows).split(64)
-        tokens = torch.cat([self.tokens(patchify(self.mel(part.to(device)))) for part in batches])
+        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device))), layer=self.layer).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", window=windows, row=ROWS)
         return columns[:, :n_columns]
 
@@ -255,12 +256,12 @@ def load_encoder(path, which="target", layer=None):
     """The trained encoder of a checkpoint as an Embedder, on the CPU, from the checkpoint alone.
 
     which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
-    of this block, counted from 1, instead of the whole encoder's. Raises CheckpointError.
+    of this layer, counted from 1, instead of the whole encoder's. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
     encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
-    if layer is not None and not 1 <= layer <= len(encoder.encoder.blocks):
-        raise CheckpointError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.blocks)}")
+    if layer is not None and not 1 <= layer <= len(encoder.encoder.layers):
+        raise CheckpointError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.layers)}")
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")
     return encoder.eval()

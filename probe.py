@@ -22,7 +22,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError, start_worker
+from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError
 from masking import ROWS
 from model import Embedder, CheckpointError, load_checkpoint, load_encoder
 from train import BUILT_IN_CLIPS, SettingError, find_device
@@ -222,8 +222,7 @@ def compute_features(data, encoders, mel, workers, pool):
     A clip's feature is the mean of its embeddings over the columns that hold sound. `pool` "time" keeps the 8 bands of a
     column apart; "mean" averages them too, as the published code does, and loses where in frequency a sound was.
     """
-    loader = torch.utils.data.DataLoader(WholeClips(data), batch_size=32, num_workers=workers, collate_fn=list,
-                                         worker_init_fn=start_worker)
+    loader = torch.utils.data.DataLoader(WholeClips(data), batch_size=32, num_workers=workers, collate_fn=list)
     features, readable, told = {"log-mel": []} | {name: [] for name in encoders}, [], time.monotonic()
     for clips in loader:
         for clip in clips:
@@ -252,7 +251,9 @@ def compute_features(data, encoders, mel, workers, pool):
 
 class AudioJEPAEncoder(torch.nn.Module):
     """The encoder as the benchmark X-ARES wants it: made without arguments, from the checkpoint that the environment
-    variable AUDIO_JEPA_CKPT names (ckpt.pt). Audio (B, S) at 32 kHz -> embeddings (B, T', D')."""
+    variable AUDIO_JEPA_CKPT names (ckpt.pt). Audio (B, S) at 32 kHz -> embeddings (B, T', D').
+
+    X-ARES takes the one name in this file that ends in "Encoder", so there must be no second."""
 
     def __init__(self):
         super().__init__()
@@ -327,12 +328,14 @@ def ranking_metrics(scores, labels):
 def evaluate(features, data, rounds):
     """Both probes on every round: {'linear': {metric: [value a round]}, 'knn': {...}}."""
     metrics = ranking_metrics if data.multi_label else lambda scores, labels: {"accuracy": accuracy(scores, labels)}
+    main_metric = "mAP" if data.multi_label else "accuracy"
     results = {"linear": [], "knn": []}
     for train, valid, test in rounds:
-        choose = [next(iter(metrics(linear_scores(features[train], data.labels[train], features[valid], l2,
-                                                  data.multi_label), data.labels[valid]).values())) for l2 in L2_GRID]
-        l2 = L2_GRID[max(range(len(L2_GRID)), key=choose.__getitem__)]
-        known = torch.cat([train, valid]).unique()
+        def on_valid(l2):
+            scores = linear_scores(features[train], data.labels[train], features[valid], l2, data.multi_label)
+            return metrics(scores, data.labels[valid])[main_metric]
+        l2 = max(L2_GRID, key=on_valid)
+        known = torch.cat([train, valid])
         scores = linear_scores(features[known], data.labels[known], features[test], l2, data.multi_label)
         results["linear"].append(metrics(scores, data.labels[test]))
         results["knn"].append(metrics(knn_scores(features[known], data.labels[known], features[test]), data.labels[test]))
@@ -384,8 +387,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", help="labelled audio; without it, the data of the training")
-    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="which of the two (target)")
-    parser.add_argument("--layer", type=int, help="features after this block, counted from 1 (after the last, normed)")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="the EMA target, or the encoder that saw the context (target)")
+    parser.add_argument("--layer", type=int, help="features after this layer, counted from 1 (default: after the last, normed)")
     parser.add_argument("--pool", choices=("time", "mean"), default="time", help="keep the bands apart, or average them")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first that is there)")
     parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="off", help="mixed precision (off)")
@@ -397,6 +400,8 @@ def main(argv=None):
     except (DataError, CheckpointError, SettingError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, DataError, LogMel, hop_samples, make_loader
-from masking import N_PATCHES, make_masks
+from masking import MASKS, N_PATCHES, make_masks
 from model import PATCH, SIZES, AudioJEPA, CheckpointError, load_checkpoint, patchify, restore
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
@@ -61,68 +61,11 @@ class Config:
 
 BUILT_IN = dict(model="tiny", seconds=1.28, steps=250, batch_size=32, log_every=25, save_every=50)
 BUILT_IN_CLIPS = 2400
-FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # change nothing but, the device, rounding
+FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # of these only the device alters bits
 
 
 class SettingError(Exception):
     """A setting that cannot work, told in one line."""
-
-
-def parse(argv):
-    """Command line -> (the settings given there, the checkpoint to resume or None, steps to benchmark or None)."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1, 0.0) else f" ({field.default})")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
-        else:
-            parser.add_argument(flag, type=field.type, help=help)
-    parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
-    parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
-                        help="time N steps (50) of this training instead of training")
-    given = vars(parser.parse_args(argv))
-    return given, given.pop("resume"), given.pop("bench")
-
-
-def find_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind = here[0] if name == "auto" else name
-    if kind not in here:
-        raise SettingError(f"--device {name}: not on this machine, which has {', '.join(here)}")
-    return torch.device(kind)
-
-
-def resolve(config):
-    """Check every setting, and replace each 'auto' by what it means on this machine. Raises SettingError."""
-    def need(ok, message):
-        if not ok:
-            raise SettingError(message)
-    need(config.model in SIZES, f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    need(config.mask in ("block", "random"), f"--mask {config.mask}: choose block or random")
-    need(config.amp in ("auto", "bf16", "fp16", "off"), f"--amp {config.amp}: choose bf16, fp16 or off")
-    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("workers", -1), ("seed", 0)):
-        need(getattr(config, name) >= least,
-             f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    need(0.25 <= config.seconds <= 60, f"--seconds {config.seconds}: must lie between 0.25 (below, a patch column of 16 "
-         "frames holds no spectrum) and 60")
-    need(0 <= config.lr < 1, f"--lr {config.lr}: must lie between 0 and 1")
-
-    folder = os.path.dirname(config.out) or "."
-    need(os.path.isdir(folder) and os.access(folder, os.W_OK), f"--out {config.out}: {folder} is no folder to write to")
-    device = find_device(config.device).type
-    on_cuda = device == "cuda"
-    bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    need(config.amp != "bf16" or bf16 or not on_cuda, "--amp bf16: this GPU has none; use --amp fp16")
-    need(config.amp != "fp16" or on_cuda, f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
-    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
-    return dataclasses.replace(
-        config, device=device, lr=config.lr or lr,
-        amp=config.amp if config.amp != "auto" else "off" if not on_cuda else "bf16" if bf16 else "fp16",
-        compile=on_cuda if config.compile is None else config.compile,
-        workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
 
 
 # ---- schedules: pure functions of the step, so a resumed run cannot drift -----------------------------------------------
@@ -141,11 +84,11 @@ def learning_rate(step, config):
 def momentum(step, config):
     """Share of the old target kept at a step: the target averages the encoder over about 1 / (1 - momentum) steps.
 
-    It starts at a fiftieth of the run, so short runs and long ones behave alike, and rises to 1 by half a cosine as in
-    BYOL (arXiv 2006.07733), section 3: late in training the goals hold still.
+    At first over a fiftieth of the run, so short runs and long ones behave alike; the share then rises to 1 by half a
+    cosine as in BYOL (arXiv 2006.07733), section 3: late in training the goals hold still.
     """
-    start = 1 / (1 + 0.02 * config.steps)
-    return 1 - start * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    replaced = 1 / (1 + 0.02 * config.steps)
+    return 1 - replaced * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------------
@@ -172,9 +115,9 @@ class Trainer:
             self.model.compile()                                                   # in place: parameter names stay plain
 
     def gradients(self, waveforms, step):
-        """The first half of a training step, for waveforms (B, S).
+        """The first half of a training step, for waveforms (B, S); between the halves a bad loss can still stop the run.
 
-        Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), their patches (B, M, K).
+        Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), targets (B, M, K).
         """
         masks = make_masks(self.config.mask, len(waveforms), self.config.seed, step)
         context, targets = (indices.to(self.device, non_blocking=True) for indices in masks)
@@ -198,12 +141,15 @@ class Trainer:
         return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None).item()
 
 
-def spread(latents, patches):
-    """How much latents (B, M, K, D) at the same patch differ between clips: their deviation, averaged. The collapse
-    meter: goals have unit variance over their features, so 1 says "all of it tells clips apart", 0 "all alike"."""
-    where = torch.nn.functional.one_hot(patches.flatten(), N_PATCHES).float()      # (B M K, N)
-    latents, count = latents.float().flatten(0, 2), where.sum(0)[:, None]          # (B M K, D), (N, 1)
-    mean, square = (where.T @ x / count.clamp(min=1) for x in (latents, latents ** 2))
+def spread(vectors, targets):
+    """How much vectors (B, M, K, D) differ between clips where they belong to the same patch: their deviation, averaged.
+
+    The collapse meter: goals have unit variance over their features, so 1 says "all of it tells clips apart", 0 "all
+    clips alike". Small batches read low: at a patch that one clip alone has in two blocks there is nothing to differ.
+    """
+    where = torch.nn.functional.one_hot(targets.flatten(), N_PATCHES).float()      # (B M K, N)
+    vectors, count = vectors.float().flatten(0, 2), where.sum(0)[:, None]          # (B M K, D), (N, 1)
+    mean, square = (where.T @ x / count.clamp(min=1) for x in (vectors, vectors ** 2))
     return (square - mean ** 2).clamp(min=0).sqrt()[count[:, 0] > 1].mean().item()
 
 
@@ -339,7 +285,7 @@ def train(config, resume=None):
             if row["goal_spread"] < COLLAPSED and config.batch_size > 1 and not warned:
                 warned = True
                 print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
-                      "lower --lr, a larger --batch-size, or look for data that is all alike", flush=True)
+                      "lower --lr or a larger --batch-size, and listen whether the clips are all alike", flush=True)
             since, waited, counted = time.perf_counter(), 0, 0
         if saves or stopping:
             save(done)
@@ -431,6 +377,63 @@ def bench(config, n):
 
 # ---- the command --------------------------------------------------------------------------------------------------------
 
+def parse(argv):
+    """Command line -> (the settings given there, the checkpoint to resume or None, steps to benchmark or None)."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        help = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1, 0.0) else f" ({field.default})")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(flag, type=field.type, help=help)
+    parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
+    parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
+                        help="time N steps (50) of this training instead of training")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("resume"), given.pop("bench")
+
+
+def find_device(name):
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    kind = here[0] if name == "auto" else name
+    if kind not in here:
+        raise SettingError(f"--device {name}: not on this machine, which has {', '.join(here)}")
+    return torch.device(kind)
+
+
+def resolve(config):
+    """Check every setting, and replace each 'auto' by what it means on this machine. Raises SettingError."""
+    def need(ok, message):
+        if not ok:
+            raise SettingError(message)
+    need(config.model in SIZES, f"--model {config.model}: choose one of {', '.join(SIZES)}")
+    need(config.mask in MASKS, f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
+    need(config.amp in ("auto", "bf16", "fp16", "off"), f"--amp {config.amp}: choose bf16, fp16 or off")
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("workers", -1), ("seed", 0)):
+        need(getattr(config, name) >= least,
+             f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    need(0.25 <= config.seconds <= 60, f"--seconds {config.seconds}: must lie between 0.25 (below, a patch column of 16 "
+         "frames holds no spectrum) and 60")
+    need(0 <= config.lr < 1, f"--lr {config.lr}: must lie between 0 and 1")
+
+    folder = os.path.dirname(config.out) or "."
+    need(os.path.isdir(folder) and os.access(folder, os.W_OK), f"--out {config.out}: {folder} is no folder to write to")
+    device = find_device(config.device).type
+    on_cuda = device == "cuda"
+    bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    need(config.amp != "bf16" or bf16 or not on_cuda, "--amp bf16: this GPU has none; use --amp fp16")
+    need(config.amp != "fp16" or on_cuda, f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
+    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
+    return dataclasses.replace(
+        config, device=device, lr=config.lr or lr,
+        amp=config.amp if config.amp != "auto" else "off" if not on_cuda else "bf16" if bf16 else "fp16",
+        compile=on_cuda if config.compile is None else config.compile,
+        workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
     given, resume, n_bench = parse(argv)
@@ -453,9 +456,10 @@ def main(argv=None):
         if not resume and not n_bench and os.path.exists(config.out):
             raise SettingError(f"{config.out} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
-        slow = config.device == "cpu" and config.amp == "bf16"                     # there, the fused attention's backward
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(slow)               # pass takes six times the plain one's
-        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
+        # On CPUs in bf16 the fused attention's backward pass takes six times as long as the plain one's.
+        plain = config.device == "cpu" and config.amp == "bf16"
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)              # its sums in bf16, despite the name
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
     except (DataError, SettingError, CheckpointError, OSError) as error:           # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
