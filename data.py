@@ -106,6 +106,7 @@ class AudioFiles:
             if self.root.lower().endswith(EXTENSIONS):
                 raise DataError(f"{root}: this is one audio file; pass its folder, or a text file with one path a line")
             self.text, end = np.fromfile(self.root, np.uint8), ord("\n")
+            self.text[self.text == ord("\r")] = end                                # Windows ends lines with both
             self.root = os.path.dirname(self.root)
             if len(self.text) and self.text[-1] != end:
                 self.text = np.append(self.text, np.uint8(end))
@@ -123,7 +124,7 @@ class AudioFiles:
 
     def path(self, index):
         """The path of file `index`, as bytes: names need not be valid UTF-8."""
-        return os.path.join(self.root, self.text[self.starts[index]:self.ends[index]].tobytes().rstrip(b"\r"))
+        return os.path.join(self.root, self.text[self.starts[index]:self.ends[index]].tobytes())
 
     def name(self, index):
         """The path as printable text for messages."""
@@ -137,8 +138,8 @@ class AudioFiles:
 class BuiltInSounds:
     """Procedural sounds for a first run with no data at hand: clip i is a pure function of i, its class is i mod 12.
 
-    The classes differ in how the sound is made. Pitch, level, onset, length, spectral tilt and background noise are
-    drawn alike for all of them, so neither loudness nor register gives a class away.
+    The classes differ in how the sound is made. Level, onset, length and background noise are drawn alike for all of them,
+    so loudness gives no class away, and three octaves of pitch blur the register.
     """
 
     classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise", "engine", "crackle",
@@ -175,11 +176,10 @@ class BuiltInSounds:
         def harmonics(phase, amplitudes):                                          # sum of a_k sin(k phase), as a polynomial
             return np.polynomial.polynomial.polyval(np.exp(1j * phase), [0, *amplitudes]).imag
 
-        def pulses(times, decay):                                                  # a click at each of `times`
+        def pulses(times):                                                         # a ringing click at each of `times`
             train = np.zeros(len(time))
             train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = rng.uniform(0.5, 1, len(times))
-            n = min(len(time), int(decay * 5 * SAMPLE_RATE))
-            ring = np.exp(-time[:n] / decay) * np.sin(2 * np.pi * pitch * 4 * time[:n] + 0.5)
+            ring = (np.exp(-time / 0.004) * np.sin(2 * np.pi * pitch * 4 * time + 0.5))[:640]
             return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
 
         steady = 2 * np.pi * pitch * time
@@ -195,9 +195,9 @@ class BuiltInSounds:
         if kind == "siren":                                                        # glides up and down, again and again
             return harmonics(2 * np.pi * np.cumsum(pitch * 2 ** (0.5 * swing)) / SAMPLE_RATE, rolloff)
         if kind == "clicks":                                                       # even in time
-            return pulses(np.arange(0, time[-1], 1 / rate), 0.004)
+            return pulses(np.arange(0, time[-1], 1 / rate))
         if kind == "crackle":                                                      # the same clicks at random times
-            return pulses(rng.uniform(0, time[-1], int(rate * time[-1]) + 2), 0.004)
+            return pulses(rng.uniform(0, time[-1], int(rate * time[-1]) + 2))
         if kind == "noise burst":
             return colored_noise(len(time), rng) * np.exp(-time * rng.uniform(1, 6))
         if kind == "pulsed noise":

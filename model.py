@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 def init_weights(model):
-    """Truncated normal of deviation 1 / sqrt(inputs) for every matrix, so that signals keep their size; zero biases.
+    """Normal weights of deviation 1 / sqrt(inputs) for every matrix, so that signals keep their size; zero biases.
 
     ViT's usual 0.02 makes the layers of a narrow encoder nearly linear at first, and the first goals as poor as they are.
     """
@@ -240,9 +240,12 @@ class Embedder(nn.Module):
         """waveform: (S,) or (B, S) floats at `sample_rate` Hz -> (B, T', D'), one embedding a column that holds sound.
 
         Long audio goes through in windows of the training length, 64 at a time; windows know nothing of one another.
+        Raises ValueError if there are no samples.
         """
         device = self.mel.mean.device
         waveform = to_sample_rate(torch.atleast_2d(waveform).float().cpu(), sample_rate)
+        if waveform.shape[1] == 0:
+            raise ValueError("a waveform without samples")
         n_columns = math.ceil(waveform.shape[1] / self.column)
         windows = math.ceil(n_columns / COLUMNS)
         padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))

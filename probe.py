@@ -77,7 +77,7 @@ def label_table(folder, files):
             rows = read_csv(path, ["filename", "category"])
             table, absent = {}, 0
             for row in rows:
-                file = row["filename"] if row["filename"] in files else by_name.get(os.path.basename(row["filename"]))
+                file = row["filename"] if row["filename"] in files else by_name.get(row["filename"])
                 absent += file is None
                 if file is not None:
                     table[file] = ([row["category"]], row.get("split") or row.get("fold") or None)
@@ -145,7 +145,7 @@ def drop_rare(data):
     """Leave out the clips of classes that have fewer than two: with one, it is either never learned or never asked."""
     rare = data.labels.sum(0) < 2
     if rare.any():
-        print(f"{int(rare.sum())} of {len(rare)} classes have a single clip; left out")
+        print(f"{int(rare.sum())} of {len(rare)} classes have fewer than two clips; left out")
         data = data.subset(data.labels[:, ~rare].sum(1) > 0)
         data.labels = data.labels[:, ~rare]
     if data.labels.shape[1] < 2:
@@ -166,7 +166,11 @@ def make_rounds(data):
     the training part, takes that office. Test clips choose nothing.
     """
     groups, everything = data.groups, torch.arange(len(data.groups))
+    if 0 < groups.count(None) < len(groups):
+        raise DataError("some clips have a split or fold and some have none")
     if set(groups) & {"train", "valid", "test"}:
+        if set(groups) - {"train", "valid", "test"}:
+            raise DataError(f"the split may be train, valid or test, not {', '.join(set(groups) - {'train', 'valid', 'test'})}")
         train, valid, test = (everything[[group == name for group in groups]] for name in ("train", "valid", "test"))
         if not len(train) or not len(test):
             raise DataError("the split needs both a 'train' and a 'test' part")
@@ -312,6 +316,8 @@ def ranking_metrics(scores, labels):
     Source: AudioSet's own evaluation, Hershey et al. 2017 (arXiv 1609.09430), section 4.
     """
     present = (labels.sum(0) > 0) & (labels.sum(0) < len(labels))
+    if not present.any():
+        raise DataError("no class has both clips with and without it in the part to test on")
     precisions, areas = [], []
     for score, truth in zip(scores.T[present].double(), labels.T[present].double()):
         values, tie = score.unique(return_inverse=True)                            # ascending

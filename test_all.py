@@ -117,7 +117,7 @@ def test_a_file_without_permission_is_unusable(tmp_path):
 
 
 def test_a_list_of_paths_is_relative_to_itself(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"a.wav\n\nsub/b.wav\r\n/abs/c.wav")
+    (tmp_path / "list.txt").write_bytes(b"a.wav\n\n\r\nsub/b.wav\r\n/abs/c.wav")
     files = data.AudioFiles(tmp_path / "list.txt")
     root = os.fsencode(tmp_path)
     assert [files.path(i) for i in range(len(files))] == [root + b"/a.wav", root + b"/sub/b.wav", b"/abs/c.wav"]
@@ -303,6 +303,7 @@ def test_the_loss_by_hand_and_where_its_gradient_goes(jepa):
     gap = (predictions - goals).abs()
     distance = torch.where(gap < 1, gap ** 2 / 2, gap - 0.5).mean()
     assert torch.allclose(loss, distance + model.redundancy(jepa.encoder(patches, context)))
+    assert goals.mean(-1).abs().max() < 1e-4 and (goals.var(-1, correction=0) - 1).abs().max() < 1e-3
     loss.backward()
     assert all(p.grad is None for p in jepa.target.parameters()) and not goals.requires_grad
     assert all(p.grad is not None for p in [*jepa.encoder.parameters(), *jepa.predictor.parameters()])
@@ -475,7 +476,7 @@ def test_training_writes_a_checkpoint_with_plain_keys_and_a_log(trained):
     assert sorted(os.listdir(trained)) == ["ckpt.csv", "ckpt.pt"]
 
 
-def test_the_built_in_sounds_need_no_data_and_compiling_changes_no_names(tmp_path):
+def test_the_built_in_sounds_need_no_data(tmp_path):
     done = run(["train.py", *SHORT, "--steps", 2, "--amp", "bf16", "--mask", "random"], tmp_path)
     assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
 
@@ -582,7 +583,7 @@ def test_a_second_ctrl_c_ends_at_once(recordings, tmp_path):
 def test_killed_at_any_moment_it_resumes_as_if_nothing_had_been(recordings, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    command = ["train.py", "--data", recordings, *SHORT, "--steps", 12, "--save-every", 1]
+    command = ["train.py", "--data", recordings, *SHORT, "--steps", 16, "--save-every", 1]
     assert run(command, tmp_path / "whole").returncode == 0
     process, rng = start(command, tmp_path / "killed"), np.random.default_rng(0)
     for _ in range(2):
@@ -627,6 +628,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(recordings, tmp_path
     assert "step 4 is nan" in message and all(data.AudioFiles(recordings).name(i) in message for i in clips)
     checkpoint = torch.load(out, weights_only=True)
     assert checkpoint["step"] == 3 and all(v.isfinite().all() for v in checkpoint["encoder"].values())
+
+
+def test_of_several_losses_the_first_bad_one_is_blamed():
+    batches = data.Batches(data.BuiltInSounds(36, 0.64), 4, 20_480, seed=0)
+    with pytest.raises(data.DataError, match="step 12 is nan") as error:           # steps 11, 12 and 13, counted from 1
+        train.check_finite([torch.tensor(x) for x in (1.0, math.nan, math.nan)], 12, batches)
+    assert all(batches.source.name(i) in str(error.value) for i in batches.clips(11))
+
+
+def test_gradients_that_are_not_finite_are_not_saved(recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "gradient_norm", lambda trainer: math.inf)
+    with pytest.raises(data.DataError, match="gradient of step 2"):
+        train.train(config(data=str(recordings), out=str(tmp_path / "c.pt"), steps=2))
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0
+
+
+def test_the_bench_measures_and_writes_nothing(recordings, tmp_path):
+    done = run(["train.py", "--data", recordings, *SHORT, "--steps", 2, "--bench", 2], tmp_path)
+    assert done.returncode == 0 and not os.listdir(tmp_path), done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if "waiting" in line] == ["loader", "step", "both"]
+    assert 0 < float(done.stdout.split("utilisation ")[1].split()[0]) < 2
 
 
 def test_collapse_is_told_once(recordings, tmp_path, monkeypatch, capsys):
@@ -897,6 +919,10 @@ def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
 def test_classes_of_one_clip_are_left_out(capsys):
     kept = probe.drop_rare(labelled([None] * 5, [0, 0, 1, 1, 2]))
     assert len(kept.indices) == 4 and kept.labels.shape == (4, 2) and "1 of 3 classes" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="some have none"):
+        probe.make_rounds(labelled(["1", None, "2"], [0, 1, 0]))
+    with pytest.raises(data.DataError, match="not dev"):
+        probe.make_rounds(labelled(["train", "dev", "test"], [0, 1, 0]))
     with pytest.raises(data.DataError, match="nothing to tell apart"):
         probe.drop_rare(labelled([None] * 3, [0, 0, 1]))
 
@@ -943,7 +969,7 @@ def test_padding_does_not_enter_the_features(trained, tmp_path):
         assert torch.allclose(together["trained"][i], alone, atol=1e-4)
         frames = encoder.mel.log_mel(source.crop(i, 0.0, None)[None])[0]
         frames = ((frames - encoder.mel.mean) / encoder.mel.deviation)[:, :math.ceil(len(source.crop(i, 0.0, None)) / 80)]
-        assert torch.allclose(together["log-mel"][i], torch.cat([frames.mean(1), frames.std(1, correction=0)]), atol=0.05)
+        assert torch.allclose(together["log-mel"][i], torch.cat([frames.mean(1), frames.std(1, correction=0)]), atol=2e-3)
 
 
 def test_the_probe_command_prints_three_rows(trained, recordings, tmp_path):

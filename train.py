@@ -51,7 +51,7 @@ class Config:
     lr: float = setting(0.0, "peak learning rate; 0: 3e-4 * sqrt(batch size / 256) * 768 / width")
     mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (the paper's)")
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first of these that is there")
-    amp: str = setting("auto", "mixed precision: bf16, fp16 or off; auto: bf16 or else fp16 on CUDA, off elsewhere")
+    amp: str = setting("auto", "mixed precision: bf16, fp16 or off (TF32 on CUDA); auto: bf16 or else fp16 on CUDA, else off")
     compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
     workers: int = setting(-1, "processes that read audio; -1: one a core but one, 16 at most; 0: none")
     seed: int = setting(0, "of the weights, the order of the clips, the crops and the masks")
@@ -61,7 +61,7 @@ class Config:
 
 BUILT_IN = dict(model="tiny", seconds=1.28, steps=250, batch_size=32, log_every=25, save_every=50)
 BUILT_IN_CLIPS = 2400
-FREE_ON_RESUME = {"data", "out", "device", "workers", "save_every", "log_every"}    # of these only the device alters bits
+FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "log_every"}  # at most rounding changes
 
 
 class SettingError(Exception):
@@ -114,15 +114,20 @@ class Trainer:
         if config.compile:
             self.model.compile()                                                   # in place: parameter names stay plain
 
+    def to_device(self, tensor):
+        """A copy that a GPU fetches by itself, from pinned memory, while we go on."""
+        on_cuda = self.device.type == "cuda"
+        return (tensor.pin_memory() if on_cuda and not tensor.is_cuda else tensor).to(self.device, non_blocking=on_cuda)
+
     def gradients(self, waveforms, step):
         """The first half of a training step, for waveforms (B, S); between the halves a bad loss can still stop the run.
 
         Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), targets (B, M, K).
         """
         masks = make_masks(self.config.mask, len(waveforms), self.config.seed, step)
-        context, targets = (indices.to(self.device, non_blocking=True) for indices in masks)
+        context, targets = (self.to_device(indices) for indices in masks)
         with torch.autocast(self.device.type, self.dtype, enabled=self.config.amp != "off"):
-            patches = patchify(self.mel(waveforms.to(self.device, non_blocking=True)))      # (B, N, E)
+            patches = patchify(self.mel(self.to_device(waveforms)))                # (B, N, E)
             loss, predictions, goals = self.model(patches, context, targets)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -171,9 +176,12 @@ def save_checkpoint(content, path):
                            "whole: make room, then use --resume") from error
 
 
-def write_log(rows, out):
-    """The log so far as CSV beside the checkpoint; a reader never finds half a file."""
-    path = os.path.splitext(out)[0] + ".csv"
+def log_path(out):
+    return os.path.splitext(out)[0] + ".csv"
+
+
+def write_log(rows, path):
+    """The log so far as CSV; a reader never finds half a file."""
     with open(path + ".tmp", "w", newline="") as file:
         log = csv.DictWriter(file, rows[0])
         log.writeheader()
@@ -187,11 +195,11 @@ def open_source(config):
 
 
 def check_finite(losses, step, batches):
-    """Raise DataError if one of `losses`, those of the last steps up to `step`, is not finite, and name its clips."""
-    for ago, loss in enumerate(reversed(torch.stack(losses).tolist())):
+    """Raise DataError if one of `losses`, those of the last steps up to `step`, is not finite, with the first one's clips."""
+    for number, loss in enumerate(torch.stack(losses).tolist(), start=step - len(losses) + 1):
         if not math.isfinite(loss):
-            clips = ", ".join(batches.source.name(index) for index in batches.clips(step - ago))
-            raise DataError(f"the loss of step {step - ago + 1} is {loss}; stopped before it reached the checkpoint. A "
+            clips = ", ".join(batches.source.name(index) for index in batches.clips(number))
+            raise DataError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. A "
                             f"lower --lr or --amp off may help. The clips of this step: {clips}")
 
 
@@ -264,6 +272,10 @@ def train(config, resume=None):
         loss, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
         losses.append(loss)
         stopping = bool(stopped)                                                   # a later signal waits for the next step
+        if logs or saves or stopping:
+            gradient_norm = trainer.gradient_norm()
+            if config.amp != "fp16":                                               # whose scaler skips a bad gradient
+                losses[-1] = loss + 0 * gradient_norm                              # not finite if either is not
         if logs or saves or stopping or trainer.device.type == "cpu":              # a GPU would have to wait for each look
             check_finite(losses, step, batches)
             losses.clear()
@@ -273,11 +285,11 @@ def train(config, resume=None):
             passed = time.perf_counter() - since
             row = {"step": done, "loss": loss.item(), "lr": learning_rate(step, config), "momentum": momentum(step, config),
                    "goal_spread": spread(goals, targets), "prediction_spread": spread(predictions, targets),
-                   "gradient_norm": trainer.gradient_norm(), "unusable": failed.total,
+                   "gradient_norm": gradient_norm, "unusable": failed.total,
                    "clips_per_second": counted / passed, "waiting": waited / passed,
                    "seconds_left": (config.steps - done) * config.batch_size * passed / counted}
             rows.append(row)
-            write_log(rows, config.out)
+            write_log(rows, log_path(config.out))
             left = datetime.timedelta(seconds=round(row["seconds_left"]))
             print("step {step}/{0}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  goal spread {goal_spread:.2f}  "
                   "prediction spread {prediction_spread:.2f}  gradient {gradient_norm:.2f}  unusable {unusable}  "
@@ -317,8 +329,8 @@ def laps(items, work, device):
             return times[2:]
         came = time.perf_counter()
         work(item)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         times.append((came - start, time.perf_counter() - start))
 
 
@@ -330,11 +342,15 @@ def matmul_rate(device, dtype):
 
 
 def bench(config, n):
-    """Time n steps of the training that `config` describes, without a checkpoint: loader, step, and both together."""
+    """Time n steps of the training that `config` describes, without a checkpoint: loader, step, and both together.
+
+    Rates are those of all steps together, for batches come in bursts, one from each worker.
+    """
     import resource                                                                # here, not above: Windows has none
     from torch._dynamo.utils import counters                                       # and this costs a second
     trainer, device, workers = Trainer(config), torch.device(config.device), max(1, config.workers)
     batches = Batches(open_source(config), config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
+    trainer.mel.fit(batches)
 
     def loader():
         return make_loader(batches, range(n + 2), config.workers, device)
@@ -345,32 +361,28 @@ def bench(config, n):
         trainer.gradients(batch.waveforms, number)
         trainer.update(number)
 
-    def line(name, unit, values):
-        low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (0, 4, 8))
-        print(f"{name:26} {middle:12,.1f} {unit:10} (80 % of the steps: {low:,.1f} to {high:,.1f})", flush=True)
+    def line(name, times):
+        waits, wholes = zip(*times)
+        low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
+        print(f"{name:8} {config.batch_size * n / sum(wholes):10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
+              f"   a step {1000 * statistics.median(wholes):,.1f} ms (80 % of them {low:,.1f} to {high:,.1f})", flush=True)
+        return sum(wholes) / n
 
-    times = laps(loader(), lambda batch: None, device)
-    line("loader alone", "clips/s", [config.batch_size / whole for _, whole in times])
-    line(f"  for each of {workers} worker(s)", "clips/s", [config.batch_size / whole / workers for _, whole in times])
-
+    seconds = line("loader", laps(loader(), lambda batch: None, device))
+    print(f"         {config.batch_size / seconds / workers:10,.1f} clips/s for each of {workers} worker(s)")
     batch = batches[0]
     batch = batch._replace(waveforms=batch.waveforms.to(device))
     step(batch)
     compiled = counters["stats"]["unique_graphs"]
-    alone = [whole for _, whole in laps([batch] * (n + 2), step, device)]
-    line("step alone", "ms", [1000 * whole for whole in alone])
-    line("", "clips/s", [config.batch_size / whole for whole in alone])
-
-    times = laps(loader(), step, device)
-    line("both, as in training", "clips/s", [config.batch_size / whole for _, whole in times])
-    line("  waiting for data", "%", [100 * wait / whole for wait, whole in times])
+    seconds = line("step", laps([batch] * (n + 2), step, device))
+    line("both", laps(loader(), step, device))
 
     flop, best = step_flop(config), matmul_rate(device, trainer.dtype)
-    reached = flop / statistics.median(alone)
-    print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {reached / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
-          f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {reached / best:.2f}")
-    peak = [resource.getrusage(who).ru_maxrss / 2 ** 20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"peak memory: {peak[0]:.2f} GiB here, {peak[1]:.2f} GiB in the largest worker" + (
+    print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {flop / seconds / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
+          f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {flop / seconds / best:.2f}")
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                        # macOS counts bytes, Linux KiB
+    peak = [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"peak memory: {peak[0]:.2f} GiB here, {peak[1]:.2f} GiB in the largest worker (shared pages counted in both)" + (
         f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" if device.type == "cuda" else ""))
     print(f"compilations after the first step: {counters['stats']['unique_graphs'] - compiled}")
 
@@ -383,11 +395,12 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1, 0.0) else f" ({field.default})")
+        default = f" ({field.default}" + (f"; {BUILT_IN[field.name]} without --data)" if field.name in BUILT_IN else ")")
+        text = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1) or field.name == "lr" else default)
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, type=field.type, help=help)
+            parser.add_argument(flag, type=field.type, help=text)
     parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
     parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
                         help="time N steps (50) of this training instead of training")
@@ -415,6 +428,7 @@ def resolve(config):
     for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("workers", -1), ("seed", 0)):
         need(getattr(config, name) >= least,
              f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    need(config.seed < 2 ** 32, f"--seed {config.seed}: must be below 2 ** 32")
     need(0.25 <= config.seconds <= 60, f"--seconds {config.seconds}: must lie between 0.25 (below, a patch column of 16 "
          "frames holds no spectrum) and 60")
     need(0 <= config.lr < 1, f"--lr {config.lr}: must lie between 0 and 1")
@@ -453,8 +467,9 @@ def main(argv=None):
         else:
             settings = given if "data" in given else BUILT_IN | given
         config = resolve(Config(**settings))
-        if not resume and not n_bench and os.path.exists(config.out):
-            raise SettingError(f"{config.out} exists: go on with --resume {config.out}, or choose another --out")
+        for path in () if resume or n_bench else (config.out, log_path(config.out)):
+            if os.path.exists(path):
+                raise SettingError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         # On CPUs in bf16 the fused attention's backward pass takes six times as long as the plain one's.
         plain = config.device == "cpu" and config.amp == "bf16"
