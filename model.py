@@ -166,7 +166,8 @@ class AudioJEPA(nn.Module):
     def goals(self, patches):
         """What the predictor should find anywhere: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        The layer norm, unlike the target's own, has no scale to learn: shrinking goals cannot make the loss small. I-JEPA's code.
+        This layer norm, unlike the target's own, has no scale to learn: no loss becomes small by shrinking goals. As in
+        I-JEPA's code.
         """
         latents = self.target(patches).float()
         return F.layer_norm(latents, latents.shape[-1:])

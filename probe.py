@@ -169,8 +169,9 @@ def make_rounds(data):
     if 0 < groups.count(None) < len(groups):
         raise DataError("some clips have a split or fold and some have none")
     if set(groups) & {"train", "valid", "test"}:
-        if set(groups) - {"train", "valid", "test"}:
-            raise DataError(f"the split may be train, valid or test, not {', '.join(set(groups) - {'train', 'valid', 'test'})}")
+        other = sorted(set(groups) - {"train", "valid", "test"})
+        if other:
+            raise DataError(f"the split may be train, valid or test, not {', '.join(other)}")
         train, valid, test = (everything[[group == name for group in groups]] for name in ("train", "valid", "test"))
         if not len(train) or not len(test):
             raise DataError("the split needs both a 'train' and a 'test' part")
@@ -393,7 +394,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", help="labelled audio; without it, the data of the training")
-    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="the EMA target, or the encoder that saw the context (target)")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target",
+                        help="the EMA target (default), or the encoder that saw the context")
     parser.add_argument("--layer", type=int, help="features after this layer, counted from 1 (default: after the last, normed)")
     parser.add_argument("--pool", choices=("time", "mean"), default="time", help="keep the bands apart, or average them")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first that is there)")
