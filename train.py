@@ -32,7 +32,7 @@ from model import PATCH, SIZES, AudioJEPA, CheckpointError, load_checkpoint, pat
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
 WARMUP = 0.05                         # share of the run in which the learning rate rises
 MAX_FAILED = 0.05                     # of the last 1,000 clips: more unusable files than this end the run
-COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; a healthy run stays above 0.5
+COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; healthy runs rise above 0.5
 
 
 def setting(default, text):
