@@ -84,7 +84,7 @@ class Encoder(nn.Module):
     """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D).
 
     Hidden patches are dropped, not zeroed: they cost nothing, and the encoder cannot see where something is missing.
-    `layer`: stop after this many layers, without the last norm.
+    `depth`: stop after this many layers, without the last norm.
     """
 
     def __init__(self, width, depth, heads):
@@ -95,14 +95,14 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
-    def forward(self, patches, visible=None, layer=None):
+    def forward(self, patches, visible=None, depth=None):
         positions = self.positions.expand(len(patches), -1, -1)                    # (B, N, D)
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
         x = self.embed(patches) + positions
-        for one in self.layers[:layer]:
-            x = one(x)
-        return self.norm(x) if layer is None else x
+        for layer in self.layers[:depth]:
+            x = layer(x)
+        return self.norm(x) if depth is None else x
 
 
 class Predictor(nn.Module):
@@ -251,7 +251,7 @@ class Embedder(nn.Module):
         windows = math.ceil(n_columns / COLUMNS)
         padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))
         batches = rearrange(padded, "b (window s) -> (b window) s", window=windows).split(64)
-        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device))), layer=self.layer).float() for part in batches])
+        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device))), depth=self.layer).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", window=windows, row=ROWS)
         return columns[:, :n_columns]
 
@@ -260,12 +260,13 @@ def load_encoder(path, which="target", layer=None):
     """The trained encoder of a checkpoint as an Embedder, on the CPU, from the checkpoint alone.
 
     which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
-    of this layer, counted from 1, instead of the whole encoder's. Raises CheckpointError.
+    of this layer, counted from 1, instead of the whole encoder's. Its `config` is that of the run. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
     encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
     if layer is not None and not 1 <= layer <= len(encoder.encoder.layers):
         raise CheckpointError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.layers)}")
+    encoder.config = checkpoint["config"]
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")
     return encoder.eval()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError
 from masking import ROWS
-from model import Embedder, CheckpointError, load_checkpoint, load_encoder
+from model import CheckpointError, Embedder, load_encoder
 from train import BUILT_IN_CLIPS, SettingError, find_device
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
@@ -367,7 +367,7 @@ def print_table(results):
 def probe(args):
     """What the command does with its arguments; prints the table. Raises DataError, CheckpointError, SettingError."""
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
-    config = load_checkpoint(args.checkpoint)["config"]
+    config = trained.config
     torch.manual_seed(0)
     untrained = Embedder(config["model"], config["seconds"], args.layer)
     untrained.mel.load_state_dict(trained.mel.state_dict())
