@@ -28,8 +28,8 @@ MEL_FLOOR = 1e-6                      # added before the logarithm: about the no
 EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
 
 
-class DataError(Exception):
-    """Bad data, told in one line that says what is wrong and what to do; the commands print it and exit with 1."""
+class InputError(Exception):
+    """Bad input, told in one line that says what is wrong and what to do; the commands print it and exit with 1."""
 
 
 def hop_samples(seconds):
@@ -60,64 +60,60 @@ def read_audio(path, position=0.0, n_samples=None):
 
     path: str or bytes. position: 0 takes the earliest crop, just under 1 the latest. n_samples: length of the crop at
     32 kHz, None for the whole file. Returns a mono waveform (at most n_samples,), float32 at 32 kHz.
-    Raises DataError with the reason if there is no sound to be had.
+    Raises InputError with the reason if there is no sound to be had.
     """
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             if not 1_000 <= rate <= 1_000_000:
-                raise DataError(f"its header says {rate} Hz")
+                raise InputError(f"its header says {rate} Hz")
             wanted = file.frames if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE)
             file.seek(int(position * max(0, file.frames - wanted + 1)))
             samples = file.read(wanted, dtype="float32", always_2d=True)           # (samples, channels)
     except (soundfile.SoundFileError, OSError, ValueError) as error:
-        raise DataError(str(error)) from error
+        raise InputError(str(error)) from error
     if len(samples) == 0:
-        raise DataError("no samples")
+        raise InputError("no samples")
     if not -1e4 < samples.min() <= samples.max() < 1e4:                            # NaN fails every comparison
-        raise DataError("samples that are NaN, infinite or absurdly large")
+        raise InputError("samples that are NaN, infinite or absurdly large")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     return to_sample_rate(torch.from_numpy(mono), rate)[:n_samples]
 
 
 # ---- where clips come from ----------------------------------------------------------------------------------------------
 
+def walk(root):
+    """The paths of all audio files below a folder, as bytes, in one order on every machine."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort()
+        yield from (os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS))
+
+
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
 
     Two million paths as Python strings would be copied into every worker as soon as it touches their reference counts;
-    here they are one array of bytes and the offsets where each starts and ends. Raises DataError if there is nothing to read.
+    here they are one array of bytes and the offsets where each starts and ends. Raises InputError if there is nothing to read.
     """
 
     def __init__(self, root):
         self.root = os.fsencode(root)
         if os.path.isdir(self.root):
-            found = bytearray()
-            for folder, subfolders, names in os.walk(self.root):
-                subfolders.sort()                                                  # one order on every machine
-                for name in sorted(names):
-                    if name.lower().endswith(EXTENSIONS):
-                        found += os.path.join(folder, name) + b"\0"
-            self.text, end = np.frombuffer(bytes(found), np.uint8), 0              # a path may hold a new line, never a 0
+            text, end = b"".join(path + b"\0" for path in walk(self.root)), b"\0"  # a path may hold a new line, never a 0
             self.root = b""
-            if not found:
-                raise DataError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()} in all sub-folders)")
-        elif os.path.isfile(self.root):
-            if self.root.lower().endswith(EXTENSIONS):
-                raise DataError(f"{root}: this is one audio file; pass its folder, or a text file with one path a line")
-            self.text, end = np.fromfile(self.root, np.uint8), ord("\n")
-            self.text[self.text == ord("\r")] = end                                # Windows ends lines with both
+        elif os.path.isfile(self.root) and not self.root.lower().endswith(EXTENSIONS):
+            with open(self.root, "rb") as file:
+                text, end = file.read().replace(b"\r", b"\n") + b"\n", b"\n"        # Windows ends lines with both
             self.root = os.path.dirname(self.root)
-            if len(self.text) and self.text[-1] != end:
-                self.text = np.append(self.text, np.uint8(end))
         else:
-            raise DataError(f"{root}: no such folder or text file")
-        ends = np.flatnonzero(self.text == end)
+            raise InputError(f"{root}: no such folder, nor a text file with one path a line")
+        self.text = np.frombuffer(text, np.uint8)
+        ends = np.flatnonzero(self.text == ord(end))
         starts = np.concatenate([[0], ends[:-1] + 1])
         filled = ends > starts                                                     # drops blank lines
         self.starts, self.ends = starts[filled], ends[filled]
         if not len(self.ends):
-            raise DataError(f"{root}: this list of paths is empty")
+            raise InputError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()})")
 
     def __len__(self):
         return len(self.ends)
@@ -169,51 +165,45 @@ class BuiltInSounds:
     @staticmethod
     def make(kind, time, rng):
         """One sound of a class over `time` (seconds), at any level."""
-        pitch = 110 * 2 ** rng.uniform(0, 3)                                       # Hz, three octaves
-        rate = rng.uniform(3, 12)                                                  # Hz, of everything that repeats
-        swing = np.sin(2 * np.pi * rate * time + rng.uniform(0, 6))
+        sin, pi, uniform = np.sin, np.pi, rng.uniform
+        pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)                     # Hz; `rate` of everything that repeats
+        swing = sin(2 * pi * rate * time + uniform(0, 6))
+        steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
 
         def harmonics(phase, amplitudes):                                          # sum of a_k sin(k phase), as a polynomial
             return np.polynomial.polynomial.polyval(np.exp(1j * phase), [0, *amplitudes]).imag
 
+        def gliding(frequency):                                                    # harmonics of a pitch that changes
+            return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
+
         def pulses(times):                                                         # a ringing click at each of `times`
             train = np.zeros(len(time))
-            train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = rng.uniform(0.5, 1, len(times))
-            ring = (np.exp(-time / 0.004) * np.sin(2 * np.pi * pitch * 4 * time + 0.5))[:640]
+            train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = uniform(0.5, 1, len(times))
+            ring = (np.exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
             return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
 
-        steady = 2 * np.pi * pitch * time
-        rolloff = 1 / np.arange(1, 13) ** rng.uniform(0.5, 1.5)
-        if kind == "harmonic":
-            return harmonics(steady, rolloff)
-        if kind == "bell":                                                         # partials of no common pitch
-            return sum(np.exp(-time * rng.uniform(1, 6)) * np.sin(steady * ratio * rng.uniform(0.97, 1.03))
-                       for ratio in (1, 2.76, 5.4, 8.93, 11.34))
-        if kind == "chirp":                                                        # glides up or down, once
-            octaves = rng.choice([-1, 1]) * rng.uniform(1, 2)
-            return harmonics(2 * np.pi * np.cumsum(pitch * 2 ** (octaves * time / time[-1])) / SAMPLE_RATE, rolloff)
-        if kind == "siren":                                                        # glides up and down, again and again
-            return harmonics(2 * np.pi * np.cumsum(pitch * 2 ** (0.5 * swing)) / SAMPLE_RATE, rolloff)
-        if kind == "clicks":                                                       # even in time
-            return pulses(np.arange(0, time[-1], 1 / rate))
-        if kind == "crackle":                                                      # the same clicks at random times
-            return pulses(rng.uniform(0, time[-1], int(rate * time[-1]) + 2))
-        if kind == "noise burst":
-            return colored_noise(len(time), rng) * np.exp(-time * rng.uniform(1, 6))
-        if kind == "pulsed noise":
-            return colored_noise(len(time), rng) * (1 + 0.9 * swing)
-        if kind == "wobble":                                                       # a tone with the same tremolo
-            return harmonics(steady, rolloff) * (1 + 0.9 * swing)
-        if kind == "engine":                                                       # noisy pulses at a low pitch
-            return harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng))
-        if kind == "vowel":                                                        # three formants over a low voice
-            k, voice = np.arange(1, 31), pitch / 3 + 60
-            gains = sum(np.exp(-((k * voice - f) / 120) ** 2)
-                        for f in rng.uniform([300, 900, 2200], [800, 2000, 3000]))
-            return harmonics(2 * np.pi * voice * time, gains + 0.01)
-        if kind == "bubbles":                                                      # short rising tones
-            phase = time * rate % 1
-            return np.sin(2 * np.pi * pitch * 2 * phase * (1 + phase) / rate) * np.exp(-4 * phase)
+        def vowel(k, voice):                                                       # three formants over a low voice
+            formants = uniform([300, 900, 2200], [800, 2000, 3000])
+            return harmonics(2 * pi * voice * time, sum(np.exp(-((k * voice - f) / 120) ** 2) for f in formants) + 0.01)
+
+        def bubbles(phase):                                                        # short rising tones
+            return sin(2 * pi * pitch * 2 * phase * (1 + phase) / rate) * np.exp(-4 * phase)
+
+        return {
+            "harmonic": lambda: harmonics(steady, rolloff),
+            "bell": lambda: sum(np.exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
+                                for ratio in (1, 2.76, 5.4, 8.93, 11.34)),         # partials of no common pitch
+            "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
+            "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
+            "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),            # even in time
+            "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),       # the same, at random times
+            "noise burst": lambda: colored_noise(len(time), rng) * np.exp(-time * uniform(1, 6)),
+            "pulsed noise": lambda: colored_noise(len(time), rng) * (1 + 0.9 * swing),
+            "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),      # a tone with the same tremolo
+            "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng)),
+            "vowel": lambda: vowel(np.arange(1, 31), pitch / 3 + 60),
+            "bubbles": lambda: bubbles(time * rate % 1),
+        }[kind]()
 
 
 def colored_noise(n, rng):
@@ -265,7 +255,7 @@ class Batches(torch.utils.data.Dataset):
                 try:
                     clip = self.source.crop(index, positions[i], self.n_samples)
                     break
-                except DataError as error:
+                except InputError as error:
                     failures.append((self.source.name(index), str(error)))
                     index = int(rng.integers(len(self.source)))
             else:
@@ -331,7 +321,7 @@ class LogMel(nn.Module):
         for step in range(math.ceil(n_clips / batches.batch_size)):
             batch = batches[step]
             if batch.waveforms is None:
-                raise DataError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
+                raise InputError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
             device = self.mean.device
             held = torch.arange(N_FRAMES, device=device) * self.hop < batch.filled.to(device)[:, None]       # (B, T)
             log_mel = self.log_mel(batch.waveforms.to(device))[..., :N_FRAMES]

@@ -11,25 +11,9 @@ import torch
 ROWS, COLUMNS = 8, 16                 # the patch grid of one clip: frequency x time
 N_PATCHES = ROWS * COLUMNS
 N_BLOCKS = 4                          # M, target blocks a clip
-BLOCK_SHARE = (0.15, 0.20)            # of the grid, one block
-BLOCK_ASPECT = (0.75, 1.5)            # share of the time axis / share of the frequency axis
+BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: all of 24 patches (15 to 20 % of the grid) that are 0.75 to 1.5 times as
+                                      # large a share of the time axis as of the frequency axis
 HIDDEN = 0.6                          # share of the patches that random masks hide
-
-
-def block_shapes():
-    """The shapes (height, width) that target blocks may have, in patches: the largest set of equal area.
-
-    I-JEPA draws a new area at every step. We keep one area, so every tensor keeps its shape and nothing recompiles,
-    and get the variety from the shapes. On the 8 x 16 grid: 3 x 8 and 4 x 6, both 24 patches (18.75 %).
-    """
-    shapes = {}
-    for height in range(1, ROWS + 1):
-        for width in range(1, COLUMNS + 1):
-            share = height * width / N_PATCHES
-            aspect = (width / COLUMNS) / (height / ROWS)
-            if BLOCK_SHARE[0] <= share <= BLOCK_SHARE[1] and BLOCK_ASPECT[0] <= aspect <= BLOCK_ASPECT[1]:
-                shapes.setdefault(height * width, []).append((height, width))
-    return max(shapes.values(), key=len)
 
 
 def block_masks(n_clips, generator):
@@ -37,13 +21,14 @@ def block_masks(n_clips, generator):
 
     Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Blocks may overlap one another;
     even four that do not leave 32 patches, so the context is always 32 patches, drawn evenly from those left over.
+    I-JEPA draws a new area at every step. One area in several shapes keeps the variety, and every tensor its shape, so
+    nothing recompiles.
 
     Returns: context (B, C), targets (B, M, K), int64 patch indices.
     """
-    shapes = torch.tensor(block_shapes())                                           # (n_shapes, 2)
-    n_target = int(shapes[0].prod())
+    shapes = torch.tensor(BLOCK_SHAPES)                                             # (n_shapes, 2)
     inside = torch.stack([                                                          # (n_shapes, K): one block's patches
-        (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in shapes.tolist()])
+        (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in BLOCK_SHAPES])
 
     uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
     which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
@@ -54,7 +39,7 @@ def block_masks(n_clips, generator):
 
     # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.
     keys = torch.rand(n_clips, N_PATCHES, generator=generator).scatter_(1, targets.flatten(1), 2.0)
-    context = keys.topk(N_PATCHES - N_BLOCKS * n_target, largest=False).indices    # (B, C)
+    context = keys.topk(N_PATCHES - N_BLOCKS * inside.shape[1], largest=False).indices                # (B, C)
     return context, targets
 
 

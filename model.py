@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from data import N_MELS, SAMPLE_RATE, LogMel, to_sample_rate
+from data import N_MELS, SAMPLE_RATE, InputError, LogMel, to_sample_rate
 from masking import COLUMNS, ROWS
 
 PATCH = N_MELS // ROWS                # 16 bands x 16 frames
@@ -194,32 +194,28 @@ class AudioJEPA(nn.Module):
 
 # ---- a trained encoder, for use -------------------------------------------------------------------------------------------
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used, told in one line."""
-
-
 def load_checkpoint(path):
-    """The content of a checkpoint, on the CPU; nothing in the file is executed. Raises CheckpointError."""
+    """The content of a checkpoint, on the CPU; nothing in the file is executed. Raises InputError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:                                                     # a damaged pickle can raise anything
-        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1":
-        raise CheckpointError(f"{path}: a file of another program, not a checkpoint of train.py")
+        raise InputError(f"{path}: a file of another program, not a checkpoint of train.py")
     missing = {"config", "step", "log", "unusable", "n_clips", "encoder", "target", "predictor", "mel"} - checkpoint.keys()
     if missing:
-        raise CheckpointError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
+        raise InputError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
     return checkpoint
 
 
 def restore(part, checkpoint, name):
-    """Load checkpoint[name] into `part` (a module, an optimiser). Raises CheckpointError if it does not fit."""
+    """Load checkpoint[name] into `part` (a module, an optimiser). Raises InputError if it does not fit."""
     try:
         part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's '{name}' is missing or does not fit its settings") from error
+        raise InputError(f"the checkpoint's '{name}' is missing or does not fit its settings") from error
 
 
 class Embedder(nn.Module):
@@ -260,12 +256,12 @@ def load_encoder(path, which="target", layer=None):
     """The trained encoder of a checkpoint as an Embedder, on the CPU, from the checkpoint alone.
 
     which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
-    of this layer, counted from 1, instead of the whole encoder's. Its `config` is that of the run. Raises CheckpointError.
+    of this layer, counted from 1, instead of the whole encoder's. Its `config` is that of the run. Raises InputError.
     """
     checkpoint = load_checkpoint(path)
     encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
     if layer is not None and not 1 <= layer <= len(encoder.encoder.layers):
-        raise CheckpointError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.layers)}")
+        raise InputError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.layers)}")
     encoder.config = checkpoint["config"]
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")

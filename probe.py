@@ -22,13 +22,15 @@ import time
 import torch
 import torch.nn.functional as F
 
-from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, DataError
+from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, InputError
 from masking import ROWS
-from model import CheckpointError, Embedder, load_encoder
-from train import BUILT_IN_CLIPS, SettingError, find_device
+from model import Embedder, load_encoder
+from train import BUILT_IN_CLIPS, DTYPES, find_device
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
 NEIGHBOURS, TEMPERATURE = 10, 0.07
+SPLITS = ("train", "valid", "test")
+AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test", "unbalanced_train_segments.csv": None}
 
 
 # ---- labels and splits --------------------------------------------------------------------------------------------------
@@ -52,86 +54,85 @@ class Labelled:
 
 
 def read_csv(path, columns):
-    """Rows of a CSV file as dicts. Raises DataError if `columns` are missing."""
+    """Rows of a CSV file as dicts. Raises InputError if `columns` are missing."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     missing = [column for column in columns if not rows or rows[0].get(column) is None]
     if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)} (the first line must name the columns)")
+        raise InputError(f"{path}: no column {', '.join(missing)} (the first line must name the columns)")
     return rows
 
 
-def label_table(folder, files):
-    """Find the labels of a folder: {path relative to it: (class names, group or None)}, from the first layout that fits.
-
-    AudioSet's segment files; ESC-50's meta/esc50.csv; a labels.csv; sub-folders, one a class, with or without train/,
-    valid/, test/ above them.
-    """
+def from_table(path, files):
+    """A CSV with columns filename, category and perhaps split or fold: {file: ([class], group or None)}."""
     by_name = {os.path.basename(name): name for name in files}
-    segments = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
-    if any(os.path.exists(os.path.join(folder, name)) for name in segments):
-        return audioset_table(folder, files, segments)
-    for name in ("meta/esc50.csv", "labels.csv"):
-        path = os.path.join(folder, *name.split("/"))
-        if os.path.exists(path):
-            rows = read_csv(path, ["filename", "category"])
-            table, absent = {}, 0
-            for row in rows:
-                file = row["filename"] if row["filename"] in files else by_name.get(row["filename"])
-                absent += file is None
-                if file is not None:
-                    table[file] = ([row["category"]], row.get("split") or row.get("fold") or None)
-            if absent:
-                print(f"{path}: {absent} of {len(rows)} rows name no file here; left out")
-            return table
-    table = {}
+    rows, labels = read_csv(path, ["filename", "category"]), {}
+    for row in rows:
+        name = row["filename"] if row["filename"] in files else by_name.get(row["filename"])
+        if name is not None:
+            labels[name] = ([row["category"]], row.get("split") or row.get("fold") or None)
+    print(f"{path}: {len(labels)} of {len(rows)} rows name a file here")
+    return labels
+
+
+def from_audioset(folder, files):
+    """AudioSet's official files (Gemmeke 2017): {file: (machine ids, 'train' or 'test')}, by the YTID in a file's name.
+
+    If class_labels_indices.csv is there, only the classes that it names count.
+    """
+    plain = {os.path.basename(name)[:11]: name for name in files}                  # YTID.wav, YTID_30.000.flac
+    with_y = {os.path.basename(name)[1:12]: name for name in files if os.path.basename(name).startswith("Y")}
+    indices, labels = os.path.join(folder, "class_labels_indices.csv"), {}
+    known = {row["mid"] for row in read_csv(indices, ["mid"])} if os.path.exists(indices) else None
+    for segments, group in AUDIOSET.items():
+        path, rows, found = os.path.join(folder, segments), 0, 0
+        if not os.path.exists(path):
+            continue
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
+                if len(row) != 4:
+                    raise InputError(f"{path}: expected YTID, start, end, labels, but found {','.join(row)}")
+                name = plain.get(row[0]) or with_y.get(row[0])
+                classes = [label for label in row[3].split(",") if known is None or label in known]
+                rows, found = rows + 1, found + (name is not None)
+                if name is not None and group and classes:
+                    labels[name] = (classes, group)
+        print(f"{path}: {found} of {rows} rows have a clip here" + ("" if group else "; not used: the balanced set trains"))
+    return labels
+
+
+def from_folders(files):
+    """One sub-folder a class, with or without train/, valid/, test/ above them: {file: ([class], group or None)}."""
+    labels = {}
     for name in files:
         parts = name.split(os.sep)
-        group = parts[0] if parts[0] in ("train", "valid", "test") and len(parts) > 2 else None
+        group = parts[0] if parts[0] in SPLITS and len(parts) > 2 else None
         if len(parts) > 1:
-            table[name] = ([parts[1] if group else parts[0]], group)
-    return table
-
-
-def audioset_table(folder, files, segments):
-    """AudioSet's labels: {path: (machine ids, 'train' or 'test')} from its official segment files (Gemmeke 2017)."""
-    wanted = {}
-    for name, group in segments.items():
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            with open(path, newline="", encoding="utf-8") as file:
-                for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
-                    if len(row) != 4:
-                        raise DataError(f"{path}: expected YTID, start, end, labels, but found {','.join(row)}")
-                    wanted[row[0]] = (row[3].split(","), group)
-    table = {}
-    for name in files:
-        stem = os.path.basename(name)
-        for ytid in (stem[:11], stem[1:12] if stem[0] == "Y" else ""):            # YTID.wav, YYTID.wav, YTID_30.000.flac
-            if ytid in wanted:
-                table[name] = wanted.pop(ytid)
-                break
-    if wanted:
-        print(f"{folder}: {len(wanted)} rows of the segment files have no clip here; left out")
-    return table
+            labels[name] = ([parts[1] if group else parts[0]], group)
+    return labels
 
 
 def load_labelled(folder):
-    """All clips of a folder that have a label, with a line on those that have none. Raises DataError."""
+    """All clips of a folder that have a label, by the first layout that fits; the rest is counted. Raises InputError."""
     source = AudioFiles(folder)
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: the probe needs a folder with labels (README.md lists the layouts)")
     files = {os.path.relpath(os.fsdecode(source.path(i)), folder): i for i in range(len(source))}
-    table = label_table(folder, files)
+    def here(*names):
+        return [os.path.join(folder, name) for name in names if os.path.exists(os.path.join(folder, name))]
+    if here(*AUDIOSET):
+        table = from_audioset(folder, files)
+    elif here("meta/esc50.csv", "labels.csv"):
+        table = from_table(here("meta/esc50.csv", "labels.csv")[0], files)
+    else:
+        table = from_folders(files)
     if not table:
-        raise DataError(f"{folder}: no labels here; the probe needs AudioSet's segment files, meta/esc50.csv, a labels.csv "
-                        "with columns filename and category, or one sub-folder a class")
+        raise InputError(f"{folder}: no labels here; the probe needs a folder with AudioSet's segment files, meta/esc50.csv, "
+                        "a labels.csv with columns filename and category, or one sub-folder a class")
     if len(table) < len(files):
-        print(f"{folder}: {len(files) - len(table)} of {len(files)} clips have no label; left out")
-    classes = sorted({label for labels, _ in table.values() for label in labels})
+        print(f"{folder}: {len(files) - len(table)} of {len(files)} clips have no label (that is used); left out")
+    classes = {label: i for i, label in enumerate(sorted({label for labels, _ in table.values() for label in labels}))}
     labels = torch.zeros(len(table), len(classes))
     for i, (names, _) in enumerate(table.values()):
-        labels[i, [classes.index(name) for name in names]] = 1
+        labels[i, [classes[name] for name in names]] = 1
     return Labelled(source, [files[name] for name in table], labels, [group for _, group in table.values()])
 
 
@@ -149,7 +150,7 @@ def drop_rare(data):
         data = data.subset(data.labels[:, ~rare].sum(1) > 0)
         data.labels = data.labels[:, ~rare]
     if data.labels.shape[1] < 2:
-        raise DataError("fewer than two classes with two clips each: there is nothing to tell apart")
+        raise InputError("fewer than two classes with two clips each: there is nothing to tell apart")
     return data
 
 
@@ -165,34 +166,30 @@ def make_rounds(data):
     `valid` chooses the regularisation; where no validation part is given, the fold after the test fold, or a tenth of
     the training part, takes that office. Test clips choose nothing.
     """
-    groups, everything = data.groups, torch.arange(len(data.groups))
-    if 0 < groups.count(None) < len(groups):
-        raise DataError("some clips have a split or fold and some have none")
-    if set(groups) & {"train", "valid", "test"}:
-        other = sorted(set(groups) - {"train", "valid", "test"})
-        if other:
-            raise DataError(f"the split may be train, valid or test, not {', '.join(other)}")
-        train, valid, test = (everything[[group == name for group in groups]] for name in ("train", "valid", "test"))
-        if not len(train) or not len(test):
-            raise DataError("the split needs both a 'train' and a 'test' part")
+    names, everything = set(data.groups), torch.arange(len(data.groups))
+    if None in names and len(names) > 1:
+        raise InputError("some clips have a split or fold and some have none")
+    if names & set(SPLITS):
+        if not {"train", "test"} <= names <= set(SPLITS):
+            raise InputError(f"a split needs a 'train' and a 'test' part and may have a 'valid', but here: {', '.join(sorted(names))}")
+        train, valid, test = (everything[[group == name for group in data.groups]] for name in SPLITS)
         return [(train, valid, test) if len(valid) else (*hold_out(train), test)]
-    if None in groups:                                                             # stratified: deal each class out in turn
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+    if None in names:                                                              # stratified: deal each class out in turn
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         order = order[data.labels[order].argmax(1).argsort(stable=True)]
-        fold = torch.empty(len(groups), dtype=torch.long)
-        fold[order] = everything % min(5, len(groups))
+        fold = torch.empty_like(everything)
+        fold[order] = everything % min(5, len(everything))
     else:
-        names = sorted(set(groups))
-        fold = torch.tensor([names.index(group) for group in groups])
-    n_folds, rounds = int(fold.max()) + 1, []
+        fold = torch.tensor([sorted(names).index(group) for group in data.groups])
+    n_folds = int(fold.max()) + 1
     if n_folds < 2:
-        raise DataError("all clips are in one fold; the probe needs at least two")
+        raise InputError("all clips are in one fold; the probe needs at least two")
+    rounds = []
     for test in range(n_folds):
-        if n_folds == 2:
-            rounds.append((*hold_out(everything[fold != test]), everything[fold == test]))
-        else:
-            valid = (test + 1) % n_folds
-            rounds.append((everything[(fold != test) & (fold != valid)], everything[fold == valid], everything[fold == test]))
+        valid = (test + 1) % n_folds
+        rest = everything[(fold != test) & (fold != valid)]
+        split = (rest, everything[fold == valid]) if len(rest) else hold_out(everything[fold == valid])
+        rounds.append((*split, everything[fold == test]))
     return rounds
 
 
@@ -210,55 +207,47 @@ class WholeClips(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.data.source.crop(self.data.indices[i], 0.0, None)
-        except DataError as error:
+        except InputError as error:
             return f"{self.data.source.name(self.data.indices[i])}: {error}"
-
-
-def log_mel_features(mel, waveforms, lengths):
-    """The baseline: mean and deviation over time of every band of the log-mel, (B, 2 F)."""
-    frames = (mel.log_mel(waveforms) - mel.mean) / mel.deviation                   # (B, F, frames)
-    return torch.stack([torch.cat([clip[:, :n].mean(1), clip[:, :n].std(1, correction=0)])
-                        for clip, n in zip(frames, (math.ceil(length / mel.hop) for length in lengths))])
 
 
 def compute_features(data, encoders, mel, workers, pool):
     """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D')}, and which clips could be read.
 
-    A clip's feature is the mean of its embeddings over the columns that hold sound. `pool` "time" keeps the 8 bands of a
-    column apart; "mean" averages them too, as the published code does, and loses where in frequency a sound was.
+    A clip's feature is the mean of its embeddings over the columns that hold sound; for the log-mel baseline mean and
+    deviation of its frames. `pool` "time" keeps the 8 bands of a column apart; "mean" averages them too, as the published
+    code does, and loses where in frequency a sound was.
     """
     loader = torch.utils.data.DataLoader(WholeClips(data), batch_size=32, num_workers=workers, collate_fn=list)
     features, readable, told = {"log-mel": []} | {name: [] for name in encoders}, [], time.monotonic()
-    for clips in loader:
-        for clip in clips:
-            if isinstance(clip, str):
-                print(f"unusable, left out: {clip}", flush=True)
-        readable += [not isinstance(clip, str) for clip in clips]
-        clips = [clip for clip in clips if not isinstance(clip, str)]
+    for batch in loader:
+        clips = [clip for clip in batch if not isinstance(clip, str)]
+        readable += [not isinstance(clip, str) for clip in batch]
+        for reason in (clip for clip in batch if isinstance(clip, str)):
+            print(f"unusable, left out: {reason}", flush=True)
         if not clips:
             continue
-        lengths = [len(clip) for clip in clips]
         waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)       # (B, S)
-        features["log-mel"].append(log_mel_features(mel, waveforms, lengths))
+        for clip, frames in zip(clips, (mel.log_mel(waveforms) - mel.mean) / mel.deviation):
+            frames = frames[:, :math.ceil(len(clip) / mel.hop)]                    # (F, frames that hold sound)
+            features["log-mel"].append(torch.cat([frames.mean(1), frames.std(1, correction=0)]))
         for name, encoder in encoders.items():
-            embeddings = encoder(waveforms, SAMPLE_RATE)                           # (B, T', D')
+            embeddings = encoder(waveforms, SAMPLE_RATE).cpu()                     # (B, T', D')
             if pool == "mean":
                 embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
-            features[name].append(torch.stack([clip[:math.ceil(length / encoder.column)].mean(0)
-                                               for clip, length in zip(embeddings, lengths)]))
+            features[name] += [columns[:math.ceil(len(clip) / encoder.column)].mean(0)
+                               for clip, columns in zip(clips, embeddings)]
         if time.monotonic() - told > 10:
             print(f"features of {len(readable):,} of {len(data.indices):,} clips", flush=True)
             told = time.monotonic()
     if not any(readable):
-        raise DataError("none of the labelled clips could be read")
-    return {name: torch.cat(parts).cpu() for name, parts in features.items()}, readable
+        raise InputError("none of the labelled clips could be read")
+    return {name: torch.stack(vectors) for name, vectors in features.items()}, readable
 
 
 class AudioJEPAEncoder(torch.nn.Module):
     """The encoder as the benchmark X-ARES wants it: made without arguments, from the checkpoint that the environment
-    variable AUDIO_JEPA_CKPT names (ckpt.pt). Audio (B, S) at 32 kHz -> embeddings (B, T', D').
-
-    X-ARES takes the one name in this file that ends in "Encoder", so there must be no second."""
+    variable AUDIO_JEPA_CKPT names (ckpt.pt). X-ARES takes the one name in this file that ends in "Encoder"."""
 
     def __init__(self):
         super().__init__()
@@ -267,6 +256,7 @@ class AudioJEPAEncoder(torch.nn.Module):
         self.hop_size_in_ms = 1000 * self.encoder.hop_seconds
 
     def forward(self, audio):
+        """Audio (B, S) at 32 kHz -> embeddings (B, T', D')."""
         return self.encoder(audio, SAMPLE_RATE)
 
 
@@ -318,7 +308,7 @@ def ranking_metrics(scores, labels):
     """
     present = (labels.sum(0) > 0) & (labels.sum(0) < len(labels))
     if not present.any():
-        raise DataError("no class has both clips with and without it in the part to test on")
+        raise InputError("no class has both clips with and without it in the part to test on")
     precisions, areas = [], []
     for score, truth in zip(scores.T[present].double(), labels.T[present].double()):
         values, tie = score.unique(return_inverse=True)                            # ascending
@@ -365,7 +355,7 @@ def print_table(results):
 # ---- the command --------------------------------------------------------------------------------------------------------
 
 def probe(args):
-    """What the command does with its arguments; prints the table. Raises DataError, CheckpointError, SettingError."""
+    """What the command does with its arguments; prints the table. Raises InputError."""
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
     config = trained.config
     torch.manual_seed(0)
@@ -376,8 +366,7 @@ def probe(args):
 
     folder = args.data or config["data"]
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
-    with torch.autocast(device.type, dtype, enabled=args.amp != "off"):
+    with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
         features, readable = compute_features(data, encoders, copy.deepcopy(trained.mel).cpu(), args.workers, args.pool)
     data = drop_rare(data.subset(readable))
     rounds = make_rounds(data)
@@ -399,13 +388,13 @@ def main(argv=None):
     parser.add_argument("--layer", type=int, help="features after this layer, counted from 1 (default: after the last, normed)")
     parser.add_argument("--pool", choices=("time", "mean"), default="time", help="keep the bands apart, or average them")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first that is there)")
-    parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="off", help="mixed precision (off)")
+    parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (off)")
     parser.add_argument("--workers", type=int, default=min(8, max(0, (os.cpu_count() or 1) - 1)), help="reading processes")
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     args = parser.parse_args(argv)
     try:
         probe(args)
-    except (DataError, CheckpointError, SettingError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

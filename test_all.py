@@ -112,7 +112,7 @@ def test_files_with_odd_names_are_read(tmp_path, name):
 def test_a_file_without_permission_is_unusable(tmp_path):
     write_ramp(tmp_path / "a.wav")
     (tmp_path / "a.wav").chmod(0)
-    with pytest.raises(data.DataError):
+    with pytest.raises(data.InputError):
         data.read_audio(str(tmp_path / "a.wav"))
 
 
@@ -125,10 +125,10 @@ def test_a_list_of_paths_is_relative_to_itself(tmp_path):
 
 @pytest.mark.parametrize("make, says", [
     (lambda p: p / "absent", "no such folder"), (lambda p: p, "no audio here"),
-    (lambda p: (p / "empty.txt").touch() or p / "empty.txt", "empty"),
-    (lambda p: (p / "a.wav").touch() or p / "a.wav", "one audio file")])
+    (lambda p: (p / "empty.txt").touch() or p / "empty.txt", "no audio here"),
+    (lambda p: (p / "a.wav").touch() or p / "a.wav", "nor a text file")])
 def test_data_that_is_not_there_is_told_in_a_line(tmp_path, make, says):
-    with pytest.raises(data.DataError, match=says):
+    with pytest.raises(data.InputError, match=says):
         data.AudioFiles(make(tmp_path))
 
 
@@ -193,8 +193,13 @@ def test_built_in_sounds_are_pure_and_distinct():
 
 # ---- masking.py ---------------------------------------------------------------------------------------------------------
 
-def test_block_shapes_by_hand():
-    assert masking.block_shapes() == [(3, 8), (4, 6)]                              # 24 of 128; aspects 1.33 and 0.75
+def test_block_shapes_are_the_largest_family_of_one_area():
+    families = {}
+    for height in range(1, 9):
+        for width in range(1, 17):
+            if 0.15 <= height * width / 128 <= 0.20 and 0.75 <= (width / 16) / (height / 8) <= 1.5:
+                families.setdefault(height * width, []).append((height, width))
+    assert sorted(masking.BLOCK_SHAPES) == max(families.values(), key=len)
 
 
 @pytest.mark.parametrize("kind", ["block", "random"])
@@ -383,13 +388,13 @@ def test_spread_by_a_slow_loop():
     ({"mask": "none"}, "--mask none"), ({"workers": -2}, "--workers"), ({"seed": -1}, "--seed"), ({"lr": math.nan}, "--lr"),
     ({"save_every": 0}, "--save-every"), ({"log_every": 0}, "--log-every"), ({"seconds": math.nan}, "--seconds")])
 def test_bad_settings_are_refused_by_name(changes, says):
-    with pytest.raises(train.SettingError, match=says):
+    with pytest.raises(train.InputError, match=says):
         config(**changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_an_absent_device_is_refused():
-    with pytest.raises(train.SettingError, match="not on this machine"):
+    with pytest.raises(train.InputError, match="not on this machine"):
         config(device="cuda")
 
 
@@ -603,7 +608,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
         file.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(train.SettingError, match="No space left"):
+    with pytest.raises(train.InputError, match="No space left"):
         train.save_checkpoint({"a": torch.zeros(3)}, str(tmp_path / "c.pt"))
     assert os.listdir(tmp_path) == ["c.pt"] and torch.load(tmp_path / "c.pt", weights_only=True)["a"].sum() == 3
 
@@ -612,7 +617,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
 def test_torch_reports_a_really_full_disk_as_an_error_that_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda path, mode, real=open: real("/dev/full", mode))
     monkeypatch.setattr(os, "remove", lambda path: None)
-    with pytest.raises(train.SettingError, match="cannot write"):
+    with pytest.raises(train.InputError, match="cannot write"):
         train.save_checkpoint({"a": torch.zeros(3_000_000)}, str(tmp_path / "c.pt"))
 
 
@@ -632,14 +637,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(recordings, tmp_path
 
 def test_of_several_losses_the_first_bad_one_is_blamed():
     batches = data.Batches(data.BuiltInSounds(36, 0.64), 4, 20_480, seed=0)
-    with pytest.raises(data.DataError, match="step 12 is nan") as error:           # steps 11, 12 and 13, counted from 1
+    with pytest.raises(data.InputError, match="step 12 is nan") as error:           # steps 11, 12 and 13, counted from 1
         train.check_finite([torch.tensor(x) for x in (1.0, math.nan, math.nan)], 12, batches)
     assert all(batches.source.name(i) in str(error.value) for i in batches.clips(11))
 
 
 def test_gradients_that_are_not_finite_are_not_saved(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "gradient_norm", lambda trainer: math.inf)
-    with pytest.raises(data.DataError, match="gradient of step 2"):
+    with pytest.raises(data.InputError, match="gradient of step 2"):
         train.train(config(data=str(recordings), out=str(tmp_path / "c.pt"), steps=2))
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0
 
@@ -708,7 +713,7 @@ def odd_file(kind, folder):
 @pytest.mark.parametrize("kind", ["empty", "text", "no samples", "nan", "inf", "huge", "folder", "dangling", "absent",
                                   "unreadable rate"])
 def test_files_that_cannot_be_used_say_why(tmp_path, kind):
-    with pytest.raises(data.DataError):
+    with pytest.raises(data.InputError):
         data.read_audio(os.fsencode(odd_file(kind, tmp_path)), 0.3, 20_480)
 
 
@@ -729,7 +734,7 @@ def test_usual_rates_are_not_rounded_and_no_kernel_is_giant():
 def test_a_cut_flac_is_read_where_it_is_whole_and_refused_where_it_is_not(tmp_path):
     path = odd_file("cut", tmp_path)
     assert len(data.read_audio(str(path), 0.0, 4000)) == 4000
-    with pytest.raises(data.DataError):
+    with pytest.raises(data.InputError):
         data.read_audio(str(path), 0.999, 4000)
 
 
@@ -758,7 +763,7 @@ def test_too_many_unusable_files_end_the_run(tmp_path, monkeypatch, bad):
             soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).uniform(-0.1, 0.1, 9000), 16_000)
     guard = train.FailedReads(0, 50, str(tmp_path))
     batches = data.Batches(data.AudioFiles(tmp_path), 50, 20_480, seed=0)
-    with pytest.raises(data.DataError, match="failed"):
+    with pytest.raises(data.InputError, match="failed"):
         for step in range(25):
             guard.add(batches[step])
     reads = np.cumsum([50 + len(batches[step].failures) for step in range(25)])
@@ -874,14 +879,16 @@ def test_labels_are_found_in_every_layout(tmp_path):
         assert by_file == [(b"%d.wav" % i, ((1, 0), (0, 1))[i % 2], groups[i]) for i in range(4)]
 
 
-def test_audioset_is_found_by_its_segment_files(tmp_path, capsys):
-    """Names as downloaders write them; identifiers that hold - and _; labels quoted; one row and one clip left over."""
+def test_audioset_is_found_by_its_official_files(tmp_path, capsys):
+    """Names as downloaders write them; identifiers that hold - and _; labels quoted; rows and clips left over."""
     header = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=3\n# YTID, start_seconds, end_seconds, positive_labels\n"
     (tmp_path / "balanced_train_segments.csv").write_text(
-        header + '-abc_DEF-12, 30.000, 40.000, "/m/a,/m/b"\nYYYYYYYYYYY, 0.000, 10.000, "/m/b"\n')
+        header + '-abc_DEF-12, 30.000, 40.000, "/m/a,/m/b"\nYYYYYYYYYYY, 0.000, 10.000, "/m/b,/m/unknown"\n')
     (tmp_path / "eval_segments.csv").write_text(
         header + 'a_b-c_d-e_f, 1.000, 11.000, "/m/a"\n00000000000, 0.000, 10.000, "/m/b"\n')
-    for name in ("-abc_DEF-12_30.000.flac", "YYYYYYYYYYYY.wav", "a_b-c_d-e_f.wav", "zzzzzzzzzzz.wav"):
+    (tmp_path / "unbalanced_train_segments.csv").write_text(header + 'unbalanced_, 0.000, 10.000, "/m/a"\n')
+    (tmp_path / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/a,"Bark, loud"\n1,/m/b,Purr\n')
+    for name in ("-abc_DEF-12_30.000.flac", "YYYYYYYYYYYY.wav", "a_b-c_d-e_f.wav", "zzzzzzzzzzz.wav", "Yunbalanced_.wav"):
         save_tone(tmp_path / "audio" / name)
     found = probe.load_labelled(str(tmp_path))
     by_file = {os.path.basename(found.source.path(i)): (label.tolist(), group)
@@ -889,7 +896,10 @@ def test_audioset_is_found_by_its_segment_files(tmp_path, capsys):
     assert by_file == {b"-abc_DEF-12_30.000.flac": ([1, 1], "train"), b"YYYYYYYYYYYY.wav": ([0, 1], "train"),
                        b"a_b-c_d-e_f.wav": ([1, 0], "test")}
     output = capsys.readouterr().out
-    assert "1 rows of the segment files have no clip" in output and "1 of 4 clips have no label" in output
+    assert "eval_segments.csv: 1 of 2 rows have a clip here" in output and "2 of 5 clips have no label" in output
+    assert "unbalanced_train_segments.csv: 1 of 1 rows have a clip here; not used" in output
+    (tmp_path / "class_labels_indices.csv").unlink()
+    assert probe.load_labelled(str(tmp_path)).labels.shape == (3, 3)               # all classes that the rows name
 
 
 def test_several_labels_a_clip_give_ranking_metrics():
@@ -907,23 +917,23 @@ def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
     (tmp_path / "labels.csv").write_text("filename,category\na.wav,x\nghost.wav,y\n")
     assert len(probe.load_labelled(str(tmp_path)).indices) == 1
     output = capsys.readouterr().out
-    assert "1 of 2 rows name no file" in output and "1 of 2 clips have no label" in output
+    assert "1 of 2 rows name a file" in output and "1 of 2 clips have no label" in output
     (tmp_path / "labels.csv").write_text("file,label\na.wav,x\n")
-    with pytest.raises(data.DataError, match="no column filename, category"):
+    with pytest.raises(data.InputError, match="no column filename, category"):
         probe.load_labelled(str(tmp_path))
     (tmp_path / "labels.csv").unlink()
-    with pytest.raises(data.DataError, match="no labels here"):
+    with pytest.raises(data.InputError, match="no labels here"):
         probe.load_labelled(str(tmp_path))
 
 
 def test_classes_of_one_clip_are_left_out(capsys):
     kept = probe.drop_rare(labelled([None] * 5, [0, 0, 1, 1, 2]))
     assert len(kept.indices) == 4 and kept.labels.shape == (4, 2) and "1 of 3 classes" in capsys.readouterr().out
-    with pytest.raises(data.DataError, match="some have none"):
+    with pytest.raises(data.InputError, match="some have none"):
         probe.make_rounds(labelled(["1", None, "2"], [0, 1, 0]))
-    with pytest.raises(data.DataError, match="not dev"):
+    with pytest.raises(data.InputError, match="dev, test, train"):
         probe.make_rounds(labelled(["train", "dev", "test"], [0, 1, 0]))
-    with pytest.raises(data.DataError, match="nothing to tell apart"):
+    with pytest.raises(data.InputError, match="nothing to tell apart"):
         probe.drop_rare(labelled([None] * 3, [0, 0, 1]))
 
 

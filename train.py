@@ -25,12 +25,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, DataError, LogMel, hop_samples, make_loader
+from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, InputError, LogMel, hop_samples, make_loader
 from masking import MASKS, N_PATCHES, make_masks
-from model import PATCH, SIZES, AudioJEPA, CheckpointError, load_checkpoint, patchify, restore
+from model import PATCH, SIZES, AudioJEPA, load_checkpoint, patchify, restore
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
 WARMUP = 0.05                         # share of the run in which the learning rate rises
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 MAX_FAILED = 0.05                     # of the last 1,000 clips: more unusable files than this end the run
 COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; healthy runs rise above 0.5
 
@@ -62,10 +63,6 @@ class Config:
 BUILT_IN = dict(model="tiny", seconds=1.28, steps=250, batch_size=32, log_every=25, save_every=50)
 BUILT_IN_CLIPS = 2400
 FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "log_every"}  # at most rounding changes
-
-
-class SettingError(Exception):
-    """A setting that cannot work, told in one line."""
 
 
 # ---- schedules: pure functions of the step, so a resumed run cannot drift -----------------------------------------------
@@ -106,7 +103,6 @@ class Trainer:
              {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}],
             lr=config.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.amp]
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.parts = {"encoder": self.model.encoder, "target": self.model.target, "predictor": self.model.predictor,
@@ -126,7 +122,7 @@ class Trainer:
         """
         masks = make_masks(self.config.mask, len(waveforms), self.config.seed, step)
         context, targets = (self.to_device(indices) for indices in masks)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.config.amp != "off"):
+        with torch.autocast(self.device.type, DTYPES[self.config.amp], enabled=self.config.amp != "off"):
             patches = patchify(self.mel(self.to_device(waveforms)))                # (B, N, E)
             loss, predictions, goals = self.model(patches, context, targets)
         self.optimizer.zero_grad()
@@ -172,7 +168,7 @@ def save_checkpoint(content, path):
     except (OSError, RuntimeError) as error:                                       # torch turns a full disk into the latter
         if os.path.exists(aside):
             os.remove(aside)
-        raise SettingError(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint there, if any, is "
+        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint there, if any, is "
                            "whole: make room, then use --resume") from error
 
 
@@ -189,17 +185,18 @@ def write_log(rows, path):
     os.replace(path + ".tmp", path)
 
 
-def open_source(config):
-    """The recordings of a run. Raises DataError."""
-    return AudioFiles(config.data) if config.data else BuiltInSounds(BUILT_IN_CLIPS, config.seconds)
+def make_batches(config):
+    """The batches of a run. Raises InputError if there is no audio."""
+    source = AudioFiles(config.data) if config.data else BuiltInSounds(BUILT_IN_CLIPS, config.seconds)
+    return Batches(source, config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
 
 
 def check_finite(losses, step, batches):
-    """Raise DataError if one of `losses`, those of the last steps up to `step`, is not finite, with the first one's clips."""
+    """Raise InputError if one of `losses`, those of the last steps up to `step`, is not finite, with the first one's clips."""
     for number, loss in enumerate(torch.stack(losses).tolist(), start=step - len(losses) + 1):
         if not math.isfinite(loss):
             clips = ", ".join(batches.source.name(index) for index in batches.clips(number))
-            raise DataError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. A "
+            raise InputError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. A "
                             f"lower --lr or --amp off may help. The clips of this step: {clips}")
 
 
@@ -219,35 +216,33 @@ class FailedReads:
         self.recent.append(len(batch.failures))
         failed, reads = sum(self.recent), sum(self.recent) + len(self.recent) * self.batch_size
         if batch.waveforms is None or reads >= 1000 and failed > MAX_FAILED * reads:
-            raise DataError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
+            raise InputError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
                             "mounted? The last checkpoint is good; --resume goes on from it")
 
 
 def train(config, resume=None):
     """Run the training that `config` describes, from the start or from a loaded checkpoint `resume`.
 
-    Returns the number of the signal that ended it early, or None. Raises DataError, SettingError, CheckpointError.
+    Returns the number of the signal that ended it early, or None. Raises InputError.
     """
-    source = open_source(config)
-    batches = Batches(source, config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
-    trainer = Trainer(config)
+    batches, trainer = make_batches(config), Trainer(config)
     failed = FailedReads(resume["unusable"] if resume else 0, config.batch_size, config.data)
     first, rows = (resume["step"], resume["log"]) if resume else (0, [])
 
     def save(step):
         save_checkpoint({"format": "audio-jepa 1", "config": dataclasses.asdict(config), "step": step, "log": rows,
-                         "unusable": failed.total, "n_clips": len(source),
+                         "unusable": failed.total, "n_clips": len(batches.source),
                          **{name: part.state_dict() for name, part in trainer.parts.items()}}, config.out)
 
     if resume:
-        if resume["n_clips"] != len(source):
-            raise SettingError(f"--data {config.data}: {len(source)} clips now, {resume['n_clips']} when the run began")
+        if resume["n_clips"] != len(batches.source):
+            raise InputError(f"--data {config.data}: {len(batches.source)} clips now, {resume['n_clips']} when the run began")
         for name, part in trainer.parts.items():
             restore(part, resume, name)
     else:
         trainer.mel.fit(batches)
         save(0)                                                                    # a full disk shows now, not tonight
-    print(f"{len(source):,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
+    print(f"{len(batches.source):,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
           f"parameters; log-mel {trainer.mel.mean:.2f} +- {trainer.mel.deviation:.2f}", flush=True)
 
     stopped = []
@@ -319,19 +314,16 @@ def step_flop(config):
 
 
 def laps(items, work, device):
-    """Seconds [(waiting for the item, until `work` on it had ended too)] of all items but the first two, which compile
-    and fill the queues."""
-    times, items = [], iter(items)
-    while True:
-        start = time.perf_counter()
-        item = next(items, None)
-        if item is None:
-            return times[2:]
-        came = time.perf_counter()
+    """Seconds [(waiting for the item, that and `work` on it)] of all items but the first two, which fill queues and compile."""
+    times, start = [], time.perf_counter()
+    for item in items:
+        waited = time.perf_counter() - start
         work(item)
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()
-        times.append((came - start, time.perf_counter() - start))
+        times.append((waited, time.perf_counter() - start))
+        start = time.perf_counter()
+    return times[2:]
 
 
 def matmul_rate(device, dtype):
@@ -348,42 +340,41 @@ def bench(config, n):
     """
     import resource                                                                # here, not above: Windows has none
     from torch._dynamo.utils import counters                                       # and this costs a second
-    trainer, device, workers = Trainer(config), torch.device(config.device), max(1, config.workers)
-    batches = Batches(open_source(config), config.batch_size, hop_samples(config.seconds) * N_FRAMES, config.seed)
+    trainer, workers = Trainer(config), max(1, config.workers)
+    batches = make_batches(config)
     trainer.mel.fit(batches)
+    numbers = itertools.cycle(range(config.steps))                                 # every step draws other masks
 
     def loader():
-        return make_loader(batches, range(n + 2), config.workers, device)
+        return make_loader(batches, range(n + 2), config.workers, trainer.device)
 
-    numbers = itertools.cycle(range(config.steps))                                 # every step draws other masks
     def step(batch):
         number = next(numbers)
         trainer.gradients(batch.waveforms, number)
         trainer.update(number)
 
-    def line(name, times):
-        waits, wholes = zip(*times)
+    def line(name, items, work):
+        waits, wholes = zip(*laps(items, work, trainer.device))
         low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
         print(f"{name:8} {config.batch_size * n / sum(wholes):10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
               f"   a step {1000 * statistics.median(wholes):,.1f} ms (80 % of them {low:,.1f} to {high:,.1f})", flush=True)
         return sum(wholes) / n
 
-    seconds = line("loader", laps(loader(), lambda batch: None, device))
+    seconds = line("loader", loader(), lambda batch: None)
     print(f"         {config.batch_size / seconds / workers:10,.1f} clips/s for each of {workers} worker(s)")
-    batch = batches[0]
-    batch = batch._replace(waveforms=batch.waveforms.to(device))
+    batch = batches[0]._replace(waveforms=batches[0].waveforms.to(trainer.device))
     step(batch)
     compiled = counters["stats"]["unique_graphs"]
-    seconds = line("step", laps([batch] * (n + 2), step, device))
-    line("both", laps(loader(), step, device))
+    seconds = line("step", [batch] * (n + 2), step)
+    line("both", loader(), step)
 
-    flop, best = step_flop(config), matmul_rate(device, trainer.dtype)
+    flop, best = step_flop(config), matmul_rate(trainer.device, DTYPES[config.amp])
     print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {flop / seconds / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
           f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {flop / seconds / best:.2f}")
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                        # macOS counts bytes, Linux KiB
-    peak = [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"peak memory: {peak[0]:.2f} GiB here, {peak[1]:.2f} GiB in the largest worker (shared pages counted in both)" + (
-        f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" if device.type == "cuda" else ""))
+    main, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if trainer.device.type == "cuda" else 0
+    print(f"peak memory: {main:.2f} GiB here, {worker:.2f} in the largest worker (shared pages in both), {gpu:.2f} on the GPU")
     print(f"compilations after the first step: {counters['stats']['unique_graphs'] - compiled}")
 
 
@@ -409,37 +400,32 @@ def parse(argv):
 
 
 def find_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises SettingError if this machine has no such device."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises InputError if this machine has no such device."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     kind = here[0] if name == "auto" else name
     if kind not in here:
-        raise SettingError(f"--device {name}: not on this machine, which has {', '.join(here)}")
+        raise InputError(f"--device {name}: not on this machine, which has {', '.join(here)}")
     return torch.device(kind)
 
 
 def resolve(config):
-    """Check every setting, and replace each 'auto' by what it means on this machine. Raises SettingError."""
-    def need(ok, message):
+    """Check every setting, and replace each 'auto' by what it means on this machine. Raises InputError."""
+    def need(ok, name, message):
         if not ok:
-            raise SettingError(message)
-    need(config.model in SIZES, f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    need(config.mask in MASKS, f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
-    need(config.amp in ("auto", "bf16", "fp16", "off"), f"--amp {config.amp}: choose bf16, fp16 or off")
-    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("workers", -1), ("seed", 0)):
-        need(getattr(config, name) >= least,
-             f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    need(config.seed < 2 ** 32, f"--seed {config.seed}: must be below 2 ** 32")
-    need(0.25 <= config.seconds <= 60, f"--seconds {config.seconds}: must lie between 0.25 (below, a patch column of 16 "
-         "frames holds no spectrum) and 60")
-    need(0 <= config.lr < 1, f"--lr {config.lr}: must lie between 0 and 1")
-
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: {message}")
+    for name, choices in (("model", SIZES), ("mask", MASKS), ("amp", ("auto", *DTYPES))):
+        need(getattr(config, name) in choices, name, f"choose one of {', '.join(choices)}")
+    for name, low, high in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("save_every", 1, 10 ** 9),
+                            ("log_every", 1, 10 ** 9), ("workers", -1, 1000), ("seed", 0, 2 ** 32 - 1), ("lr", 0, 1),
+                            ("seconds", 0.25, 60)):                                # in less, a column of patches has no spectrum
+        need(low <= getattr(config, name) <= high, name, f"must lie between {low} and {high}")
     folder = os.path.dirname(config.out) or "."
-    need(os.path.isdir(folder) and os.access(folder, os.W_OK), f"--out {config.out}: {folder} is no folder to write to")
+    need(os.path.isdir(folder) and os.access(folder, os.W_OK), "out", f"{folder} is no folder to write to")
     device = find_device(config.device).type
     on_cuda = device == "cuda"
     bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    need(config.amp != "bf16" or bf16 or not on_cuda, "--amp bf16: this GPU has none; use --amp fp16")
-    need(config.amp != "fp16" or on_cuda, f"--amp fp16: only on CUDA, not on {device}; use bf16 or off")
+    need(config.amp != "bf16" or bf16 or not on_cuda, "amp", "this GPU has none; use --amp fp16")
+    need(config.amp != "fp16" or on_cuda, "amp", f"only on CUDA, not on {device}; use bf16 or off")
     lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
     return dataclasses.replace(
         config, device=device, lr=config.lr or lr,
@@ -453,30 +439,30 @@ def main(argv=None):
     given, resume, n_bench = parse(argv)
     try:
         if n_bench is not None and n_bench < 2:
-            raise SettingError(f"--bench {n_bench}: must be at least 2")
+            raise InputError(f"--bench {n_bench}: must be at least 2")
         checkpoint = load_checkpoint(resume) if resume else None
         if resume:
             saved = checkpoint["config"]
             changed = [f"--{name.replace('_', '-')} {value} (it has {saved[name]})" for name, value in given.items()
                        if name not in FREE_ON_RESUME and value != saved[name]]
             if changed:
-                raise SettingError(f"{resume} began with other settings, which --resume keeps: {', '.join(changed)}")
+                raise InputError(f"{resume} began with other settings, which --resume keeps: {', '.join(changed)}")
             settings = saved | {"out": resume, "workers": -1} | given
             if checkpoint["step"] >= settings["steps"]:
-                raise SettingError(f"{resume} is complete: {settings['steps']} of {settings['steps']} steps")
+                raise InputError(f"{resume} is complete: {settings['steps']} of {settings['steps']} steps")
         else:
             settings = given if "data" in given else BUILT_IN | given
         config = resolve(Config(**settings))
         for path in () if resume or n_bench else (config.out, log_path(config.out)):
             if os.path.exists(path):
-                raise SettingError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
+                raise InputError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         # On CPUs in bf16 the fused attention's backward pass takes six times as long as the plain one's.
         plain = config.device == "cpu" and config.amp == "bf16"
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)              # its sums in bf16, despite the name
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
-    except (DataError, SettingError, CheckpointError, OSError) as error:           # OSError: the disk of the log, say
+    except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     return 128 + signum if signum else 0
