@@ -262,11 +262,17 @@ class AudioJEPAEncoder(torch.nn.Module):
 
 # ---- the two probes -----------------------------------------------------------------------------------------------------
 
+def cross_entropy(scores, labels, multi_label):
+    """The loss of a linear probe, a mean over clips; for several labels a clip, binary and summed over the classes."""
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / len(labels)
+    return F.cross_entropy(scores, labels)
+
+
 def linear_scores(train, labels, test, l2, multi_label):
     """Fit one linear layer to standardised features (n, D') with labels (n, classes); scores (m, classes) of `test`.
 
-    Minimises mean cross-entropy + l2 / 2 * |weights|^2 by L-BFGS; for several labels a clip, the binary cross-entropy
-    summed over the classes.
+    Minimises cross-entropy + l2 / 2 * |weights|^2 by L-BFGS.
     """
     center, scale = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - center) / scale, (test - center) / scale
@@ -276,12 +282,7 @@ def linear_scores(train, labels, test, l2, multi_label):
 
     def closure():
         optimizer.zero_grad()
-        logits = train @ weights + bias
-        if multi_label:
-            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(labels)
-        else:
-            loss = F.cross_entropy(logits, labels)
-        loss = loss + l2 / 2 * weights.square().sum()
+        loss = cross_entropy(train @ weights + bias, labels, multi_label) + l2 / 2 * weights.square().sum()
         loss.backward()
         return loss
 
@@ -325,14 +326,12 @@ def ranking_metrics(scores, labels):
 def evaluate(features, data, rounds):
     """Both probes on every round: {'linear': {metric: [value a round]}, 'knn': {...}}."""
     metrics = ranking_metrics if data.multi_label else lambda scores, labels: {"accuracy": accuracy(scores, labels)}
-    main_metric = "mAP" if data.multi_label else "accuracy"
     results = {"linear": [], "knn": []}
     for train, valid, test in rounds:
-        def on_valid(l2):
+        def loss_on_valid(l2):                                                     # of few clips, accuracies would tie
             scores = linear_scores(features[train], data.labels[train], features[valid], l2, data.multi_label)
-            return metrics(scores, data.labels[valid])[main_metric]
-        l2 = max(L2_GRID, key=on_valid)
-        known = torch.cat([train, valid])
+            return cross_entropy(scores, data.labels[valid], data.multi_label)
+        l2, known = min(L2_GRID, key=loss_on_valid), torch.cat([train, valid])
         scores = linear_scores(features[known], data.labels[known], features[test], l2, data.multi_label)
         results["linear"].append(metrics(scores, data.labels[test]))
         results["knn"].append(metrics(knn_scores(features[known], data.labels[known], features[test]), data.labels[test]))

@@ -902,6 +902,19 @@ def test_audioset_is_found_by_its_official_files(tmp_path, capsys):
     assert probe.load_labelled(str(tmp_path)).labels.shape == (3, 3)               # all classes that the rows name
 
 
+def test_the_regularisation_is_chosen_by_the_loss_on_the_validation_part(monkeypatch):
+    torch.manual_seed(0)
+    data_set = labelled(["train"] * 30 + ["valid"] * 30 + ["test"] * 30, [0, 1] * 45)
+    features, fit, calls = torch.randn(90, 20), probe.linear_scores, []
+    features[:, 0] += 2 * data_set.labels[:, 0]
+    monkeypatch.setattr(probe, "linear_scores", lambda *a: calls.append((a[3], a[2])) or fit(*a))
+    probe.evaluate(features, data_set, probe.make_rounds(data_set))
+    losses = {l2: F.cross_entropy(fit(features[:30], data_set.labels[:30], features[30:60], l2, False),
+                                  data_set.labels[30:60]).item() for l2 in probe.L2_GRID}
+    assert len(set(losses.values())) == 4 and calls[-1][0] == min(losses, key=losses.get)
+    assert all(torch.equal(asked, features[30:60]) for _, asked in calls[:-1]) and torch.equal(calls[-1][1], features[60:])
+
+
 def test_several_labels_a_clip_give_ranking_metrics():
     torch.manual_seed(0)
     labels = (torch.rand(60, 3) < 0.4).float()

@@ -49,9 +49,9 @@ class Config:
     seconds: float = setting(10.0, "length of a clip: 10 as in the paper; 1.28 to 2.56 suits speech and short sounds")
     steps: int = setting(100_000, "length of the run; all schedules stretch with it")
     batch_size: int = setting(256, "clips a step")
-    lr: float = setting(0.0, "peak learning rate; 0: 3e-4 * sqrt(batch size / 256) * 768 / width")
+    lr: float = setting(0.0, "peak learning rate; 0.0: 3e-4 * sqrt(batch size / 256) * 768 / width")
     mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (the paper's)")
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the first of these that is there")
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
     amp: str = setting("auto", "mixed precision: bf16, fp16 or off (TF32 on CUDA); auto: bf16 or else fp16 on CUDA, else off")
     compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
     workers: int = setting(-1, "processes that read audio; -1: one a core but one, 16 at most; 0: none")
@@ -380,18 +380,19 @@ def bench(config, n):
 
 # ---- the command --------------------------------------------------------------------------------------------------------
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse(argv):
     """Command line -> (the settings given there, the checkpoint to resume or None, steps to benchmark or None)."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without --data the defaults are " + " ".join(f"{flag(name)} {value}" for name, value in BUILT_IN.items()))
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        default = f" ({field.default}" + (f"; {BUILT_IN[field.name]} without --data)" if field.name in BUILT_IN else ")")
-        text = field.metadata["help"] + ("" if field.default in (None, "", "auto", -1) or field.name == "lr" else default)
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=field.type, help=text)
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        default = "" if field.default in ("", None) else f" ({field.default})"
+        parser.add_argument(flag(field.name), help=field.metadata["help"] + default, **kind)
     parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
     parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
                         help="time N steps (50) of this training instead of training")
@@ -412,7 +413,7 @@ def resolve(config):
     """Check every setting, and replace each 'auto' by what it means on this machine. Raises InputError."""
     def need(ok, name, message):
         if not ok:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: {message}")
+            raise InputError(f"{flag(name)} {getattr(config, name)}: {message}")
     for name, choices in (("model", SIZES), ("mask", MASKS), ("amp", ("auto", *DTYPES))):
         need(getattr(config, name) in choices, name, f"choose one of {', '.join(choices)}")
     for name, low, high in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("save_every", 1, 10 ** 9),
@@ -443,7 +444,7 @@ def main(argv=None):
         checkpoint = load_checkpoint(resume) if resume else None
         if resume:
             saved = checkpoint["config"]
-            changed = [f"--{name.replace('_', '-')} {value} (it has {saved[name]})" for name, value in given.items()
+            changed = [f"{flag(name)} {value} (it has {saved[name]})" for name, value in given.items()
                        if name not in FREE_ON_RESUME and value != saved[name]]
             if changed:
                 raise InputError(f"{resume} began with other settings, which --resume keeps: {', '.join(changed)}")
