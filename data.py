@@ -1,10 +1,8 @@
 """Chapter 1, data: from files on disk to batches of waveforms, and from waveforms to log-mel spectrograms.
 
 In: a folder, a text file of paths, or nothing (built-in sounds). Out: waveforms (B, S) at 32 kHz from the loader's
-workers, and from `LogMel`, on the training device, spectrograms (B, F, T) of 128 bands x 256 frames.
-Source: Audio-JEPA (arXiv 2507.02915), section 3. The letters B, S, F, T of the shapes are explained in model.py.
-
-Nothing here depends on what was read before: batch number `step` is a pure function of (seed, step). So a resumed run
+workers, and from `LogMel`, on the training device, spectrograms (B, F, T). The letters are explained in model.py.
+Source: Audio-JEPA (arXiv 2507.02915), section 3. Batch number `step` is a pure function of (seed, step), so a resumed run
 sees exactly what an undisturbed one sees, however many workers read for it.
 """
 
@@ -43,8 +41,8 @@ def hop_samples(seconds):
 def resampler(rate):
     """The kernel from `rate` Hz to 32 kHz, computed once.
 
-    Rates that share few factors with 32,000 would need a giant kernel, so rates are rounded, to 25 Hz below 20 kHz, 50 Hz
-    below 40 kHz and so on. All usual rates stay as they are; the pitch of a 4,013 Hz file moves by a third of a per cent.
+    A rate that shares few factors with 32,000 would need a giant kernel, so odd ones are rounded, to 25 Hz below 20 kHz, 50 Hz
+    below 40 kHz and so on: the pitch of a 4,013 Hz file moves by a third of a per cent, that of usual rates not at all.
     """
     step = 25 * 2 ** max(0, int(math.log2(rate / 10_000)))
     return torchaudio.transforms.Resample(step * round(rate / step), SAMPLE_RATE)
@@ -52,14 +50,13 @@ def resampler(rate):
 
 def to_sample_rate(waveform, rate):
     """(..., samples at `rate` Hz) -> (..., samples at 32 kHz)."""
-    return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
+    return resampler(rate)(waveform)                                               # which does nothing at 32 kHz
 
 
 def read_audio(path, position=0.0, n_samples=None):
-    """Read one crop, seeking to it: a crop of a three-hour recording costs as much as the same crop of a short one.
+    """Read a crop by seeking to it, so long recordings cost no more: mono float32 at 32 kHz, (at most n_samples,).
 
-    path: str or bytes. position: 0 takes the earliest crop, just under 1 the latest. n_samples: length of the crop at
-    32 kHz, None for the whole file. Returns a mono waveform (at most n_samples,), float32 at 32 kHz.
+    position: 0 takes the earliest crop, just under 1 the latest. n_samples: at 32 kHz, None for the whole file.
     Raises InputError with the reason if there is no sound to be had.
     """
     try:
@@ -82,36 +79,31 @@ def read_audio(path, position=0.0, n_samples=None):
 
 # ---- where clips come from ----------------------------------------------------------------------------------------------
 
-def walk(root):
-    """The paths of all audio files below a folder, as bytes, in one order on every machine."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders.sort()
-        yield from (os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS))
-
-
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
 
     Two million paths as Python strings would be copied into every worker as soon as it touches their reference counts;
-    here they are one array of bytes and the offsets where each starts and ends. Raises InputError if there is nothing to read.
+    here they are one array of bytes, and where in it each starts and ends. Raises InputError if there is nothing to read.
     """
 
     def __init__(self, root):
         self.root = os.fsencode(root)
         if os.path.isdir(self.root):
-            text, end = b"".join(path + b"\0" for path in walk(self.root)), b"\0"  # a path may hold a new line, never a 0
-            self.root = b""
+            paths = []
+            for folder, subfolders, names in os.walk(self.root):
+                subfolders.sort()                                                  # one order on every machine
+                paths += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
+            text, self.root = b"\0".join(paths), b""                               # a path may hold a new line, never a 0
         elif os.path.isfile(self.root) and not self.root.lower().endswith(EXTENSIONS):
             with open(self.root, "rb") as file:
-                text, end = file.read().replace(b"\r", b"\n") + b"\n", b"\n"        # Windows ends lines with both
+                text = file.read().replace(b"\r", b"\0").replace(b"\n", b"\0")      # Windows ends lines with both
             self.root = os.path.dirname(self.root)
         else:
             raise InputError(f"{root}: no such folder, nor a text file with one path a line")
-        self.text = np.frombuffer(text, np.uint8)
-        ends = np.flatnonzero(self.text == ord(end))
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        filled = ends > starts                                                     # drops blank lines
-        self.starts, self.ends = starts[filled], ends[filled]
+        self.text = np.frombuffer(b"\0" + text + b"\0", np.uint8)
+        zeros = np.flatnonzero(self.text == 0)
+        filled = np.diff(zeros) > 1                                                # drops blank lines
+        self.starts, self.ends = zeros[:-1][filled] + 1, zeros[1:][filled]
         if not len(self.ends):
             raise InputError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()})")
 
@@ -124,7 +116,7 @@ class AudioFiles:
 
     def name(self, index):
         """The path as printable text for messages."""
-        return os.fsdecode(self.path(index)).encode(errors="backslashreplace").decode().replace("\n", "\\n")
+        return self.path(index).decode(errors="backslashreplace").replace("\n", "\\n")
 
     def crop(self, index, position, n_samples):
         """See read_audio."""
@@ -134,8 +126,7 @@ class AudioFiles:
 class BuiltInSounds:
     """Procedural sounds for a first run with no data at hand: clip i is a pure function of i, its class is i mod 12.
 
-    The classes differ in how the sound is made. Level, onset, length and background noise are drawn alike for all of them,
-    so loudness gives no class away, and three octaves of pitch blur the register.
+    The classes differ in how the sound is made. Level, onset, length, noise and three octaves of pitch are drawn alike for all.
     """
 
     classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise", "engine", "crackle",
@@ -165,13 +156,15 @@ class BuiltInSounds:
     @staticmethod
     def make(kind, time, rng):
         """One sound of a class over `time` (seconds), at any level."""
-        sin, pi, uniform = np.sin, np.pi, rng.uniform
+        sin, exp, pi, uniform = np.sin, np.exp, np.pi, rng.uniform
         pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)                     # Hz; `rate` of everything that repeats
         swing = sin(2 * pi * rate * time + uniform(0, 6))
         steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
+        cycle = time * rate % 1                                                    # how much of the present one is over
+        voice, k = pitch / 3 + 60, np.arange(1, 31)                                # Hz; harmonics of a low voice
 
         def harmonics(phase, amplitudes):                                          # sum of a_k sin(k phase), as a polynomial
-            return np.polynomial.polynomial.polyval(np.exp(1j * phase), [0, *amplitudes]).imag
+            return np.polynomial.polynomial.polyval(exp(1j * phase), [0, *amplitudes]).imag
 
         def gliding(frequency):                                                    # harmonics of a pitch that changes
             return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
@@ -179,30 +172,24 @@ class BuiltInSounds:
         def pulses(times):                                                         # a ringing click at each of `times`
             train = np.zeros(len(time))
             train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = uniform(0.5, 1, len(times))
-            ring = (np.exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
+            ring = (exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
             return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
-
-        def vowel(k, voice):                                                       # three formants over a low voice
-            formants = uniform([300, 900, 2200], [800, 2000, 3000])
-            return harmonics(2 * pi * voice * time, sum(np.exp(-((k * voice - f) / 120) ** 2) for f in formants) + 0.01)
-
-        def bubbles(phase):                                                        # short rising tones
-            return sin(2 * pi * pitch * 2 * phase * (1 + phase) / rate) * np.exp(-4 * phase)
 
         return {
             "harmonic": lambda: harmonics(steady, rolloff),
-            "bell": lambda: sum(np.exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
+            "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
                                 for ratio in (1, 2.76, 5.4, 8.93, 11.34)),         # partials of no common pitch
             "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
             "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
             "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),            # even in time
             "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),       # the same, at random times
-            "noise burst": lambda: colored_noise(len(time), rng) * np.exp(-time * uniform(1, 6)),
+            "noise burst": lambda: colored_noise(len(time), rng) * exp(-time * uniform(1, 6)),
             "pulsed noise": lambda: colored_noise(len(time), rng) * (1 + 0.9 * swing),
             "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),      # a tone with the same tremolo
             "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng)),
-            "vowel": lambda: vowel(np.arange(1, 31), pitch / 3 + 60),
-            "bubbles": lambda: bubbles(time * rate % 1),
+            "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(          # three formants
+                exp(-((k * voice - formant) / 120) ** 2) for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
+            "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),     # short rising tones
         }[kind]()
 
 
@@ -222,6 +209,12 @@ class Batch(NamedTuple):
     failures: list                    # (name, reason) of every file that could not be used
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, n_clips):
+    """All clips in the random order of one epoch, (n_clips,)."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(n_clips, dtype=np.int32))
+
+
 class Batches(torch.utils.data.Dataset):
     """Batch number `step`, a pure function of (source, seed, step): the clips, their crops, and the stand-ins.
 
@@ -231,19 +224,11 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, source, batch_size, n_samples, seed):
         self.source, self.batch_size, self.n_samples, self.seed = source, batch_size, n_samples, seed
-        self.epoch, self.order = None, None
 
     def clips(self, step):
         """The indices of the clips of one batch, (B,)."""
-        indices = []
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(place, len(self.source))
-            if epoch != self.epoch:
-                order = np.arange(len(self.source), dtype=np.int32)
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-                self.epoch, self.order = epoch, order
-            indices.append(int(self.order[place]))
-        return indices
+        n, places = len(self.source), range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(epoch_order(self.seed, place // n, n)[place % n]) for place in places]
 
     def __getitem__(self, step):
         waveforms = torch.zeros(self.batch_size, self.n_samples)
@@ -281,9 +266,8 @@ def end_workers():
 def make_loader(batches, steps, workers, device):
     """A DataLoader over the batches numbered `steps`; each worker makes whole batches, in order, ahead of time."""
     atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=start_worker,
-        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None)
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
+                                       worker_init_fn=start_worker, pin_memory=device.type == "cuda")
 
 
 # ---- from waveform to spectrogram -----------------------------------------------------------------------------------------
@@ -291,9 +275,8 @@ def make_loader(batches, steps, workers, device):
 class LogMel(nn.Module):
     """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, T), S = 256 hops, on whatever device holds them.
 
-    One hop is seconds / 256, one window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a speech recogniser's at
-    2.56 s (hop 10 ms, window 25 ms). Short windows are padded to 1024 points so that no mel band falls between two
-    points of the spectrum. `mean` and `deviation` are those of the training data, set by `fit`.
+    One hop is seconds / 256, one window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a speech recogniser's at 2.56 s
+    (10 ms). Short windows are padded to 1024 points, or mel bands would fall between two points of the spectrum.
     """
 
     def __init__(self, seconds):
@@ -317,12 +300,11 @@ class LogMel(nn.Module):
 
     def fit(self, batches, n_clips=256):
         """Set `mean` and `deviation` from the first clips of the training order, over the frames that hold sound."""
-        frames = []
+        frames, device = [], self.mean.device
         for step in range(math.ceil(n_clips / batches.batch_size)):
             batch = batches[step]
             if batch.waveforms is None:
                 raise InputError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
-            device = self.mean.device
             held = torch.arange(N_FRAMES, device=device) * self.hop < batch.filled.to(device)[:, None]       # (B, T)
             log_mel = self.log_mel(batch.waveforms.to(device))[..., :N_FRAMES]
             frames.append(log_mel.transpose(1, 2)[held])                           # (frames, F)

@@ -32,24 +32,20 @@ def patchify(spectrograms):
 
 
 def take(tokens, indices):
-    """Pick tokens (B, N, D) by indices (B, ...) -> (B, ..., D)."""
-    flat = indices.flatten(1)
-    picked = tokens.gather(1, flat[..., None].expand(-1, -1, tokens.shape[-1]))
-    return picked.unflatten(1, indices.shape[1:])
+    """Pick from the tokens (B, N, D) of each clip those at its indices (B, ...) -> (B, ..., D)."""
+    flat = repeat(indices.flatten(1), "b n -> b n d", d=tokens.shape[-1])
+    return tokens.gather(1, flat).unflatten(1, indices.shape[1:])
 
 
 def sincos_positions(rows, columns, width):
-    """Fixed positions (rows * columns, width): sines and cosines of the row in one half, of the column in the other.
+    """Fixed positions (N, width), for attention sees a set: sines and cosines of the row, then those of the column.
 
-    Attention sees a set; these say where each patch was. Fixed, not learned, so any number of columns will do.
     Source: Attention is all you need (arXiv 1706.03762), 3.5, in two dimensions as in MAE (arXiv 2111.06377).
     """
     frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
-    def one_axis(n):
-        angles = torch.arange(n)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)                      # (n, width / 2)
-    row, column = one_axis(rows), one_axis(columns)
-    return torch.cat([repeat(row, "r d -> (r c) d", c=columns), repeat(column, "c d -> (r c) d", r=rows)], dim=1)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))       # (N, 2): the row and column of each patch
+    angles = places[..., None] * frequencies                                       # (N, 2, width / 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 class Layer(nn.Module):
@@ -84,62 +80,56 @@ class Encoder(nn.Module):
     """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D).
 
     Hidden patches are dropped, not zeroed: they cost nothing, and the encoder cannot see where something is missing.
-    `depth`: stop after this many layers, without the last norm.
     """
 
     def __init__(self, width, depth, heads):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
-    def forward(self, patches, visible=None, depth=None):
-        positions = self.positions.expand(len(patches), -1, -1)                    # (B, N, D)
-        if visible is not None:
-            patches, positions = take(patches, visible), take(positions, visible)
-        x = self.embed(patches) + positions
-        for layer in self.layers[:depth]:
-            x = layer(x)
-        return self.norm(x) if depth is None else x
+    def forward(self, patches, visible=None):
+        if visible is None:
+            x = self.embed(patches) + self.positions                               # (B, N, D)
+        else:
+            x = self.embed(take(patches, visible)) + self.positions[visible]       # (B, C, D)
+        return self.norm(self.layers(x))
 
 
 class Predictor(nn.Module):
     """A narrow ViT: from the context's latents (B, C, D), guess the goals at `targets` (B, M, K) -> (B, M, K, D).
 
-    It is the part that may know where a patch is and what usually lies there. Without it the latents themselves would have
-    to equal those of other places, which they do best by being all alike. Each block is predicted without sight of the
-    others. Half the encoder's width, for a predictor as strong as the encoder could do the encoder's work.
+    It may know where a patch is and what usually lies there. Without it the latents themselves would have to equal those of
+    other places, which they do best by being all alike. Each block is predicted without sight of the others. Narrow, for a
+    predictor as strong as the encoder could do the encoder's work.
     """
 
     def __init__(self, encoder_width, width, depth, heads):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, encoder_width)
         init_weights(self)
 
     def forward(self, latents, context, targets):
         M, K = targets.shape[1:]
-        positions = self.positions.expand(len(latents), -1, -1)                    # (B, N, P)
-        known = self.embed(latents) + take(positions, context)                     # (B, C, P)
-        asked = self.mask_token + take(positions, targets)                         # (B, M, K, P)
+        known = self.embed(latents) + self.positions[context]                      # (B, C, P)
+        asked = self.mask_token + self.positions[targets]                          # (B, M, K, P)
         x = torch.cat([repeat(known, "b c p -> (b m) c p", m=M), rearrange(asked, "b m k p -> (b m) k p")], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        return rearrange(self.project(self.norm(x[:, -K:])), "(b m) k d -> b m k d", m=M)
+        guesses = self.norm(self.layers(x)[:, -K:])                                # (B M, K, P)
+        return rearrange(self.project(guesses), "(b m) k d -> b m k d", m=M)
 
 
 def redundancy(latents):
     """How far the features of latents (B, C, D) are from varying (deviation 1 or more) and from not repeating one another.
 
-    Features that are constant are the easiest to predict (collapse), those that tell the place but not the sound the next.
-    The first term forbids the former; the second makes the latter a minority, for place alone has few independent features.
+    Constant features are the easiest to predict (collapse): the first term forbids them. Next come those that tell the place
+    but not the sound: the second makes them a minority, for place alone has few independent features.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
@@ -166,8 +156,7 @@ class AudioJEPA(nn.Module):
     def goals(self, patches):
         """What the predictor should find anywhere: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        This layer norm, unlike the target's own, has no scale to learn: no loss becomes small by shrinking goals. As in
-        I-JEPA's code.
+        Normalised, as in I-JEPA's code, with no scale to learn: else the loss would become small by shrinking goals.
         """
         latents = self.target(patches).float()
         return F.layer_norm(latents, latents.shape[-1:])
@@ -185,9 +174,9 @@ class AudioJEPA(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum):
-        """target = momentum * target + (1 - momentum) * encoder, for all parameters in one call.
+        """target = momentum * target + (1 - momentum) * encoder: an exponential moving average (BYOL, 3.1).
 
-        A slow target asks the same question for many steps, and averages out what the encoder only tries. BYOL, 3.1.
+        A slow target asks the same question for many steps, and averages out what the encoder only tries.
         """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
@@ -201,12 +190,10 @@ def load_checkpoint(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:                                                     # a damaged pickle can raise anything
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1":
-        raise InputError(f"{path}: a file of another program, not a checkpoint of train.py")
-    missing = {"config", "step", "log", "unusable", "n_clips", "encoder", "target", "predictor", "mel"} - checkpoint.keys()
-    if missing:
-        raise InputError(f"{path}: incomplete, without {', '.join(sorted(missing))}")
+        raise InputError(f"{path}: no checkpoint that can be read ({type(error).__name__})") from error
+    needed = {"config", "step", "log", "unusable", "n_clips", "encoder", "target", "predictor", "mel"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1" or not needed <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of train.py, or an incomplete one")
     return checkpoint
 
 
@@ -219,50 +206,52 @@ def restore(part, checkpoint, name):
 
 
 class Embedder(nn.Module):
-    """Waveforms in, embeddings over time out: the frozen encoder as other code wants it.
+    """Waveforms in, embeddings over time out, one every `hop_seconds` (a column of patches), `output_dim` numbers each (D').
 
-    output_dim: D', the encoder's width times 8, for the 8 bands of a time column are kept apart: side by side, not
-    averaged, which would mix high with low. hop_seconds: time between two embeddings, one column of patches.
+    The 8 bands of a column are kept apart, side by side: averaged, they would mix high with low.
     """
 
-    def __init__(self, size, seconds, layer=None):
+    def __init__(self, size, seconds):
         super().__init__()
-        self.layer = layer
         self.mel, self.encoder = LogMel(seconds), Encoder(**SIZES[size])
         self.column = PATCH * self.mel.hop                                         # samples in one column of patches
         self.output_dim, self.hop_seconds = ROWS * SIZES[size]["width"], self.column / SAMPLE_RATE
 
+    def stop_after(self, layer):
+        """From now on give the output of this layer, counted from 1, before the last norm. Raises InputError."""
+        if not 1 <= layer <= len(self.encoder.layers):
+            raise InputError(f"there is no layer {layer}; the encoder has {len(self.encoder.layers)}")
+        self.encoder.layers = self.encoder.layers[:layer]
+        self.encoder.norm = nn.Identity()
+
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
-        """waveform: (S,) or (B, S) floats at `sample_rate` Hz -> (B, T', D'), one embedding a column that holds sound.
+        """Waveform (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound. ValueError without samples.
 
         Long audio goes through in windows of the training length, 64 at a time; windows know nothing of one another.
-        Raises ValueError if there are no samples.
         """
         device = self.mel.mean.device
         waveform = to_sample_rate(torch.atleast_2d(waveform).float().cpu(), sample_rate)
         if waveform.shape[1] == 0:
             raise ValueError("a waveform without samples")
-        n_columns = math.ceil(waveform.shape[1] / self.column)
-        windows = math.ceil(n_columns / COLUMNS)
-        padded = F.pad(waveform, (0, windows * COLUMNS * self.column - waveform.shape[1]))
-        batches = rearrange(padded, "b (window s) -> (b window) s", window=windows).split(64)
-        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device))), depth=self.layer).float() for part in batches])
-        columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", window=windows, row=ROWS)
-        return columns[:, :n_columns]
+        window = COLUMNS * self.column                                             # samples: the training length
+        padded = F.pad(waveform, (0, -waveform.shape[1] % window))
+        batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(64)
+        tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
+        columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", b=len(waveform), row=ROWS)
+        return columns[:, :math.ceil(waveform.shape[1] / self.column)]
 
 
 def load_encoder(path, which="target", layer=None):
-    """The trained encoder of a checkpoint as an Embedder, on the CPU, from the checkpoint alone.
+    """The trained encoder of a checkpoint as an Embedder, on the CPU; its `config` is that of the run. Raises InputError.
 
-    which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: take the output
-    of this layer, counted from 1, instead of the whole encoder's. Its `config` is that of the run. Raises InputError.
+    which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: see stop_after.
     """
     checkpoint = load_checkpoint(path)
-    encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"], layer)
-    if layer is not None and not 1 <= layer <= len(encoder.encoder.layers):
-        raise InputError(f"{path}: there is no layer {layer}; its encoder has {len(encoder.encoder.layers)}")
+    encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
     encoder.config = checkpoint["config"]
     restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
     restore(encoder.mel, checkpoint, "mel")
+    if layer is not None:
+        encoder.stop_after(layer)
     return encoder.eval()

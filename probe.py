@@ -3,7 +3,7 @@
 In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off the frozen features, by a linear
 classifier and by the nearest neighbours, beside two baselines that learned nothing: an untrained encoder of the same
 shape, and the plain log-mel. A trained encoder that does not beat both has learned nothing useful.
-Sources: linear probes, arXiv 1610.01644; the neighbours' votes as in the benchmark X-ARES; AudioSet's metrics, arXiv 1609.09430.
+Sources: linear probes, arXiv 1610.01644; neighbours' votes as in the benchmark X-ARES; AudioSet's metrics, arXiv 1609.09430.
 
     python probe.py ckpt.pt                       the data it was trained on, if that has labels
     python probe.py ckpt.pt --data ESC-50-master  see README.md for the layouts
@@ -29,7 +29,7 @@ from train import BUILT_IN_CLIPS, DTYPES, find_device
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
 NEIGHBOURS, TEMPERATURE = 10, 0.07
-SPLITS = ("train", "valid", "test")
+SPLITS = ("test", "valid", "train")
 AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test", "unbalanced_train_segments.csv": None}
 
 
@@ -37,15 +37,22 @@ AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test",
 
 @dataclasses.dataclass
 class Labelled:
-    """Clips with labels. source.crop(index, 0, None) reads clip `indices[i]`, whose labels are labels[i]."""
-    source: object
-    indices: list
+    """Clips with labels, as torch's DataLoader wants a data set."""
+    source: object                    # AudioFiles or BuiltInSounds
+    indices: list                     # of the clips in `source`
     labels: torch.Tensor              # (clips, classes) 0 or 1
-    groups: list                      # of each clip: its fold, or 'train', 'valid', 'test'
+    groups: list                      # of each clip: its fold, or 'train', 'valid', 'test', or None
 
-    @property
-    def multi_label(self):
-        return bool((self.labels.sum(1) != 1).any())
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        """Clip i, whole: a waveform (S,), or None and a message if it cannot be read."""
+        try:
+            return self.source.crop(self.indices[i], 0.0, None)
+        except InputError as error:
+            print(f"unusable, left out: {self.source.name(self.indices[i])}: {error}", flush=True)
+            return None
 
     def subset(self, keep):
         """The clips for which `keep` (one bool a clip) is true."""
@@ -53,26 +60,18 @@ class Labelled:
         return Labelled(self.source, [self.indices[i] for i in kept], self.labels[kept], [self.groups[i] for i in kept])
 
 
-def read_csv(path, columns):
-    """Rows of a CSV file as dicts. Raises InputError if `columns` are missing."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    missing = [column for column in columns if not rows or rows[0].get(column) is None]
-    if missing:
-        raise InputError(f"{path}: no column {', '.join(missing)} (the first line must name the columns)")
-    return rows
+def read_csv(path, columns, header=None):
+    """Yields the rows of a CSV file as dicts, none if it is not there. Raises InputError if a row lacks one of `columns`.
 
-
-def from_table(path, files):
-    """A CSV with columns filename, category and perhaps split or fold: {file: ([class], group or None)}."""
-    by_name = {os.path.basename(name): name for name in files}
-    rows, labels = read_csv(path, ["filename", "category"]), {}
-    for row in rows:
-        name = row["filename"] if row["filename"] in files else by_name.get(row["filename"])
-        if name is not None:
-            labels[name] = ([row["category"]], row.get("split") or row.get("fold") or None)
-    print(f"{path}: {len(labels)} of {len(rows)} rows name a file here")
-    return labels
+    header: the names of the columns, for a file that begins with comments (#) instead of them.
+    """
+    if os.path.exists(path):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = (line for line in file if not (header and line.startswith("#")))
+            for row in csv.DictReader(lines, header, skipinitialspace=True):
+                if None in row or any(row.get(column) is None for column in columns):
+                    raise InputError(f"{path}: no column {', '.join(columns)}, or more cells than columns, in {row}")
+                yield row
 
 
 def from_audioset(folder, files):
@@ -80,63 +79,65 @@ def from_audioset(folder, files):
 
     If class_labels_indices.csv is there, only the classes that it names count.
     """
-    plain = {os.path.basename(name)[:11]: name for name in files}                  # YTID.wav, YTID_30.000.flac
-    with_y = {os.path.basename(name)[1:12]: name for name in files if os.path.basename(name).startswith("Y")}
-    indices, labels = os.path.join(folder, "class_labels_indices.csv"), {}
-    known = {row["mid"] for row in read_csv(indices, ["mid"])} if os.path.exists(indices) else None
-    for segments, group in AUDIOSET.items():
-        path, rows, found = os.path.join(folder, segments), 0, 0
-        if not os.path.exists(path):
-            continue
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
-                if len(row) != 4:
-                    raise InputError(f"{path}: expected YTID, start, end, labels, but found {','.join(row)}")
-                name = plain.get(row[0]) or with_y.get(row[0])
-                classes = [label for label in row[3].split(",") if known is None or label in known]
-                rows, found = rows + 1, found + (name is not None)
-                if name is not None and group and classes:
-                    labels[name] = (classes, group)
-        print(f"{path}: {found} of {rows} rows have a clip here" + ("" if group else "; not used: the balanced set trains"))
-    return labels
+    by_id = {os.path.basename(file)[1:12]: file for file in files if os.path.basename(file).startswith("Y")}    # YYTID.wav
+    by_id |= {os.path.basename(file)[:11]: file for file in files}                 # YTID.wav, YTID_30.000.flac
+    known = {row["mid"] for row in read_csv(os.path.join(folder, "class_labels_indices.csv"), ["mid"])}
+    table = {}
+    for name, group in AUDIOSET.items():
+        path, rows, found = os.path.join(folder, name), 0, 0
+        for row in read_csv(path, ["labels"], header=["YTID", "start", "end", "labels"]):
+            file = by_id.get(row["YTID"])
+            labels = [label for label in row["labels"].split(",") if not known or label in known]
+            rows, found = rows + 1, found + (file is not None)
+            if file is not None and group and labels:
+                table[file] = (labels, group)
+        if rows:
+            print(f"{path}: {found} of {rows} rows have a clip here" + ("" if group else "; not used: the balanced set trains"))
+    return table
+
+
+def from_table(path, files):
+    """A CSV with columns filename, category and perhaps split or fold: {file: ([class], group or None)}."""
+    by_name = {os.path.basename(file): file for file in files} | {file: file for file in files}
+    rows = list(read_csv(path, ["filename", "category"]))
+    table = {by_name[row["filename"]]: ([row["category"]], row.get("split") or row.get("fold") or None)
+             for row in rows if row["filename"] in by_name}
+    if rows:
+        print(f"{path}: {len(table)} of {len(rows)} rows name a file here")
+    return table
 
 
 def from_folders(files):
     """One sub-folder a class, with or without train/, valid/, test/ above them: {file: ([class], group or None)}."""
-    labels = {}
-    for name in files:
-        parts = name.split(os.sep)
-        group = parts[0] if parts[0] in SPLITS and len(parts) > 2 else None
-        if len(parts) > 1:
-            labels[name] = ([parts[1] if group else parts[0]], group)
-    return labels
+    table = {}
+    for file in files:
+        *folders, _ = file.split(os.sep)
+        group = folders.pop(0) if len(folders) > 1 and folders[0] in SPLITS else None
+        if folders:
+            table[file] = ([folders[0]], group)
+    return table
 
 
 def load_labelled(folder):
-    """All clips of a folder that have a label, by the first layout that fits; the rest is counted. Raises InputError."""
+    """The clips of a folder that have a label, by the first layout that gives any. Raises InputError if none does."""
     source = AudioFiles(folder)
     files = {os.path.relpath(os.fsdecode(source.path(i)), folder): i for i in range(len(source))}
-    def here(*names):
-        return [os.path.join(folder, name) for name in names if os.path.exists(os.path.join(folder, name))]
-    if here(*AUDIOSET):
-        table = from_audioset(folder, files)
-    elif here("meta/esc50.csv", "labels.csv"):
-        table = from_table(here("meta/esc50.csv", "labels.csv")[0], files)
-    else:
-        table = from_folders(files)
+    table = (from_audioset(folder, files) or from_table(os.path.join(folder, "meta", "esc50.csv"), files)
+             or from_table(os.path.join(folder, "labels.csv"), files) or from_folders(files))
     if not table:
         raise InputError(f"{folder}: no labels here; the probe needs a folder with AudioSet's segment files, meta/esc50.csv, "
-                        "a labels.csv with columns filename and category, or one sub-folder a class")
+                         "a labels.csv with columns filename and category, or one sub-folder a class")
     if len(table) < len(files):
         print(f"{folder}: {len(files) - len(table)} of {len(files)} clips have no label (that is used); left out")
-    classes = {label: i for i, label in enumerate(sorted({label for labels, _ in table.values() for label in labels}))}
+    classes = {name: i for i, name in enumerate(sorted({name for names, _ in table.values() for name in names}))}
     labels = torch.zeros(len(table), len(classes))
-    for i, (names, _) in enumerate(table.values()):
-        labels[i, [classes[name] for name in names]] = 1
-    return Labelled(source, [files[name] for name in table], labels, [group for _, group in table.values()])
+    for row, (names, _) in zip(labels, table.values()):
+        row[[classes[name] for name in names]] = 1
+    return Labelled(source, [files[file] for file in table], labels, [group for _, group in table.values()])
 
 
 def load_built_in(seconds):
+    """The built-in sounds with their classes."""
     source = BuiltInSounds(BUILT_IN_CLIPS, seconds)
     labels = F.one_hot(torch.arange(len(source)) % len(source.classes)).float()
     return Labelled(source, list(range(len(source))), labels, [None] * len(source))
@@ -154,62 +155,41 @@ def drop_rare(data):
     return data
 
 
-def hold_out(indices):
-    """A tenth of some clips, and the rest: (rest, tenth)."""
-    shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
-    return shuffled[torch.arange(len(shuffled)) % 10 > 0], shuffled[::10]
-
-
 def make_rounds(data):
-    """Evaluation rounds as (train, valid, test) clip indices: one for given splits, one a fold otherwise.
+    """Evaluation rounds as (train, valid, test) clip indices: one for a given split, one a fold otherwise.
 
-    `valid` chooses the regularisation; where no validation part is given, the fold after the test fold, or a tenth of
-    the training part, takes that office. Test clips choose nothing.
+    `valid` chooses the regularisation: the given part, or the fold after the test fold; where that leaves nothing to choose
+    by or to train on, a tenth of the clips that are not for testing. Test clips choose nothing. Raises InputError.
     """
-    names, everything = set(data.groups), torch.arange(len(data.groups))
-    if None in names and len(names) > 1:
+    def shuffled(clips):
+        return clips[torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))]
+
+    groups, everything = set(data.groups), torch.arange(len(data))
+    is_split = bool(groups & set(SPLITS))
+    if None in groups and len(groups) > 1:
         raise InputError("some clips have a split or fold and some have none")
-    if names & set(SPLITS):
-        if not {"train", "test"} <= names <= set(SPLITS):
-            raise InputError(f"a split needs a 'train' and a 'test' part and may have a 'valid', but here: {', '.join(sorted(names))}")
-        train, valid, test = (everything[[group == name for group in data.groups]] for name in SPLITS)
-        return [(train, valid, test) if len(valid) else (*hold_out(train), test)]
-    if None in names:                                                              # stratified: deal each class out in turn
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    if is_split and not {"train", "test"} <= groups <= set(SPLITS):
+        raise InputError(f"a split has the parts 'train', 'test' and perhaps 'valid', but here: {', '.join(sorted(groups))}")
+    if len(groups) == 1:                                                           # no folds given: deal each class out in turn
+        order = shuffled(everything)
         order = order[data.labels[order].argmax(1).argsort(stable=True)]
-        fold = torch.empty_like(everything)
-        fold[order] = everything % min(5, len(everything))
-    else:
-        fold = torch.tensor([sorted(names).index(group) for group in data.groups])
-    n_folds = int(fold.max()) + 1
-    if n_folds < 2:
-        raise InputError("all clips are in one fold; the probe needs at least two")
-    rounds = []
-    for test in range(n_folds):
-        valid = (test + 1) % n_folds
-        rest = everything[(fold != test) & (fold != valid)]
-        split = (rest, everything[fold == valid]) if len(rest) else hold_out(everything[fold == valid])
-        rounds.append((*split, everything[fold == test]))
+        fold = order.argsort() % min(5, len(data))
+    else:                                                                          # a split is the first round of three folds
+        names = SPLITS if is_split else sorted(groups)
+        fold = torch.tensor([names.index(group) for group in data.groups])
+    n_folds, rounds = int(fold.max()) + 1, []
+    for i in range(1 if is_split else n_folds):
+        is_test, is_valid = fold == i, fold == (i + 1) % n_folds
+        train, valid = everything[~is_test & ~is_valid], everything[is_valid]
+        if len(train) == 0 or len(valid) == 0:
+            known = shuffled(torch.cat([train, valid]))
+            tenth = torch.arange(len(known)) % 10 == 0
+            train, valid = known[~tenth], known[tenth]
+        rounds.append((train, valid, everything[is_test]))
     return rounds
 
 
 # ---- features -----------------------------------------------------------------------------------------------------------
-
-class WholeClips(torch.utils.data.Dataset):
-    """Reads clip i of `Labelled` whole: a waveform (S,), or the reason why it cannot be used."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data.indices)
-
-    def __getitem__(self, i):
-        try:
-            return self.data.source.crop(self.data.indices[i], 0.0, None)
-        except InputError as error:
-            return f"{self.data.source.name(self.data.indices[i])}: {error}"
-
 
 def compute_features(data, encoders, mel, workers, pool):
     """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D')}, and which clips could be read.
@@ -218,13 +198,10 @@ def compute_features(data, encoders, mel, workers, pool):
     deviation of its frames. `pool` "time" keeps the 8 bands of a column apart; "mean" averages them too, as the published
     code does, and loses where in frequency a sound was.
     """
-    loader = torch.utils.data.DataLoader(WholeClips(data), batch_size=32, num_workers=workers, collate_fn=list)
-    features, readable, told = {"log-mel": []} | {name: [] for name in encoders}, [], time.monotonic()
-    for batch in loader:
-        clips = [clip for clip in batch if not isinstance(clip, str)]
-        readable += [not isinstance(clip, str) for clip in batch]
-        for reason in (clip for clip in batch if isinstance(clip, str)):
-            print(f"unusable, left out: {reason}", flush=True)
+    features, readable, told = {name: [] for name in ("log-mel", *encoders)}, [], time.monotonic()
+    for batch in torch.utils.data.DataLoader(data, batch_size=32, num_workers=workers, collate_fn=list):
+        readable += [clip is not None for clip in batch]
+        clips = [clip for clip in batch if clip is not None]
         if not clips:
             continue
         waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)       # (B, S)
@@ -235,10 +212,10 @@ def compute_features(data, encoders, mel, workers, pool):
             embeddings = encoder(waveforms, SAMPLE_RATE).cpu()                     # (B, T', D')
             if pool == "mean":
                 embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
-            features[name] += [columns[:math.ceil(len(clip) / encoder.column)].mean(0)
-                               for clip, columns in zip(clips, embeddings)]
+            for clip, columns in zip(clips, embeddings):
+                features[name].append(columns[:math.ceil(len(clip) / encoder.column)].mean(0))
         if time.monotonic() - told > 10:
-            print(f"features of {len(readable):,} of {len(data.indices):,} clips", flush=True)
+            print(f"features of {len(readable):,} of {len(data):,} clips", flush=True)
             told = time.monotonic()
     if not any(readable):
         raise InputError("none of the labelled clips could be read")
@@ -246,8 +223,8 @@ def compute_features(data, encoders, mel, workers, pool):
 
 
 class AudioJEPAEncoder(torch.nn.Module):
-    """The encoder as the benchmark X-ARES wants it: made without arguments, from the checkpoint that the environment
-    variable AUDIO_JEPA_CKPT names (ckpt.pt). X-ARES takes the one name in this file that ends in "Encoder"."""
+    """The encoder as the benchmark X-ARES wants it, from the checkpoint that the environment variable AUDIO_JEPA_CKPT names
+    (ckpt.pt). X-ARES makes an instance of the one name in this file that ends in "Encoder", without arguments."""
 
     def __init__(self):
         super().__init__()
@@ -298,6 +275,7 @@ def knn_scores(train, labels, test):
 
 
 def accuracy(scores, labels):
+    """Share of the clips whose highest score is that of their class."""
     return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
 
 
@@ -325,30 +303,33 @@ def ranking_metrics(scores, labels):
 
 def evaluate(features, data, rounds):
     """Both probes on every round: {'linear': {metric: [value a round]}, 'knn': {...}}."""
-    metrics = ranking_metrics if data.multi_label else lambda scores, labels: {"accuracy": accuracy(scores, labels)}
+    multi_label = bool((data.labels.sum(1) != 1).any())
+    metrics = ranking_metrics if multi_label else lambda scores, labels: {"accuracy": accuracy(scores, labels)}
     results = {"linear": [], "knn": []}
     for train, valid, test in rounds:
         def loss_on_valid(l2):                                                     # of few clips, accuracies would tie
-            scores = linear_scores(features[train], data.labels[train], features[valid], l2, data.multi_label)
-            return cross_entropy(scores, data.labels[valid], data.multi_label)
+            scores = linear_scores(features[train], data.labels[train], features[valid], l2, multi_label)
+            return cross_entropy(scores, data.labels[valid], multi_label)
         l2, known = min(L2_GRID, key=loss_on_valid), torch.cat([train, valid])
-        scores = linear_scores(features[known], data.labels[known], features[test], l2, data.multi_label)
-        results["linear"].append(metrics(scores, data.labels[test]))
-        results["knn"].append(metrics(knn_scores(features[known], data.labels[known], features[test]), data.labels[test]))
-    return {probe: {metric: [r[metric] for r in rs] for metric in rs[0]} for probe, rs in results.items()}
+        linear = linear_scores(features[known], data.labels[known], features[test], l2, multi_label)
+        neighbours = knn_scores(features[known], data.labels[known], features[test])
+        results["linear"].append(metrics(linear, data.labels[test]))
+        results["knn"].append(metrics(neighbours, data.labels[test]))
+    return {probe: {metric: [row[metric] for row in rows] for metric in rows[0]} for probe, rows in results.items()}
 
 
 def print_table(results):
     """One row an encoder; per cent, mean +- deviation over the folds (d' as it is)."""
     columns = [(probe, metric) for probe in ("linear", "knn") for metric in results["log-mel"][probe]]
-    print(" " * 10 + "".join(f"{probe if metric == 'accuracy' else f'{probe} {metric}':>16}" for probe, metric in columns))
+    print(" " * 10 + "".join(f"{f'{probe} {metric}':>18}" for probe, metric in columns))
     for name, scores in results.items():
-        cells = []
+        cells = ""
         for probe, metric in columns:
-            values = torch.tensor(scores[probe][metric]) * (1 if metric == "d'" else 100)
-            cells.append(f"{values.mean():.2f}" if metric == "d'" else f"{values.mean():.1f}"
-                         + (f" +- {values.std():.1f}" if len(values) > 1 else ""))
-        print(f"{name:10}" + "".join(f"{cell:>16}" for cell in cells))
+            factor, digits = (1, 2) if metric == "d'" else (100, 1)
+            values = factor * torch.tensor(scores[probe][metric])
+            deviation = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
+            cells += f"{f'{values.mean():.{digits}f}{deviation}':>18}"
+        print(f"{name:10}{cells}")
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------
@@ -356,21 +337,25 @@ def print_table(results):
 def probe(args):
     """What the command does with its arguments; prints the table. Raises InputError."""
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
-    config = trained.config
+    config, mel = trained.config, copy.deepcopy(trained.mel)                       # this one stays on the CPU
     torch.manual_seed(0)
-    untrained = Embedder(config["model"], config["seconds"], args.layer)
-    untrained.mel.load_state_dict(trained.mel.state_dict())
+    untrained = Embedder(config["model"], config["seconds"])
+    untrained.mel.load_state_dict(mel.state_dict())
+    if args.layer is not None:
+        untrained.stop_after(args.layer)
     device = find_device(args.device)
     encoders = {"untrained": untrained.eval().to(device), "trained": trained.to(device)}
 
     folder = args.data or config["data"]
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))
     with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
-        features, readable = compute_features(data, encoders, copy.deepcopy(trained.mel).cpu(), args.workers, args.pool)
-    data = drop_rare(data.subset(readable))
+        features, readable = compute_features(data, encoders, mel, args.workers, args.pool)
+    data = data.subset(readable)
+    data.indices = list(range(len(data)))                                          # from here on rows of `features`
+    data = drop_rare(data)
     rounds = make_rounds(data)
-    print(f"{len(data.indices):,} clips, {data.labels.shape[1]} classes, {len(rounds)} round(s) of training and testing")
-    results = {name: evaluate(values, data, rounds) for name, values in features.items()}
+    print(f"{len(data):,} clips, {data.labels.shape[1]} classes, {len(rounds)} round(s) of training and testing")
+    results = {name: evaluate(values[data.indices], data, rounds) for name, values in features.items()}
     print_table(results)
     if args.json:
         with open(args.json, "w") as file:

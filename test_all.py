@@ -1012,6 +1012,18 @@ def test_the_probe_leaves_out_what_it_cannot_read(trained, tmp_path, capsys):
     assert "unusable, left out" in output and "12 clips, 2 classes" in output
 
 
+def test_a_class_that_unreadable_clips_make_rare_is_left_out_of_features_and_labels(trained, tmp_path):
+    def linear(folder):
+        assert probe.main([str(trained / "ckpt.pt"), "--data", str(folder), "--workers", "0", "--json", str(tmp_path / "t")]) == 0
+        return json.loads((tmp_path / "t").read_text())["results"]["trained"]["linear"]["accuracy"]
+    for i in range(20):
+        save_tone(tmp_path / "clips" / "bc"[i % 2] / f"{i}.wav", (300, 3000)[i % 2] + 10 * i)
+    without = linear(tmp_path / "clips")
+    save_tone(tmp_path / "clips" / "a" / "1.wav")
+    (tmp_path / "clips" / "a" / "0.wav").write_text("no sound")
+    assert linear(tmp_path / "clips") == without and min(without) > 0.9
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
 def test_real_recordings_are_read():
     files = data.AudioFiles(REAL)

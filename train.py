@@ -1,7 +1,7 @@
 """Chapter 4, training: the loop, its schedules, its log, and how a run survives the night.
 
 In: a folder of audio (`--data`), or nothing (built-in sounds). Out: a checkpoint that `probe.py` and `--resume` read, and
-a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3; every schedule is a pure function of the step.
+a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, a few minutes on a laptop, no data needed
     python train.py --data /path/audioset        the paper's recipe
@@ -9,11 +9,9 @@ a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3; every sch
 
 import argparse
 import collections
-import contextlib
 import csv
 import dataclasses
 import datetime
-import itertools
 import math
 import os
 import signal
@@ -30,7 +28,6 @@ from masking import MASKS, N_PATCHES, make_masks
 from model import PATCH, SIZES, AudioJEPA, load_checkpoint, patchify, restore
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
-WARMUP = 0.05                         # share of the run in which the learning rate rises
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 MAX_FAILED = 0.05                     # of the last 1,000 clips: more unusable files than this end the run
 COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; healthy runs rise above 0.5
@@ -72,7 +69,7 @@ def learning_rate(step, config):
 
     Of 100,000 steps that is 5,000, which did better than 1,000 (as in the paper) and 10,000 in its authors' later sweeps.
     """
-    warmup = WARMUP * config.steps
+    warmup = 0.05 * config.steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
@@ -81,8 +78,8 @@ def learning_rate(step, config):
 def momentum(step, config):
     """Share of the old target kept at a step: the target averages the encoder over about 1 / (1 - momentum) steps.
 
-    At first over a fiftieth of the run, so short runs and long ones behave alike; the share then rises to 1 by half a
-    cosine as in BYOL (arXiv 2006.07733), section 3: late in training the goals hold still.
+    At first that is a fiftieth of the run, so short and long runs behave alike; the share then rises to 1 by half a cosine,
+    as in BYOL (arXiv 2006.07733), section 3: late in training the goals hold still.
     """
     replaced = 1 / (1 + 0.02 * config.steps)
     return 1 - replaced * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -105,6 +102,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+        # On CPUs in bf16 the fused attention's backward pass takes six times as long as the plain one's.
+        plain = self.device.type == "cpu" and config.amp == "bf16"
+        torch.backends.cuda.enable_flash_sdp(not plain)                            # despite their names, both rule CPUs too
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)              # the plain one's sums in bf16
         self.parts = {"encoder": self.model.encoder, "target": self.model.target, "predictor": self.model.predictor,
                       "mel": self.mel, "optimizer": self.optimizer, "scaler": self.scaler}       # what a checkpoint holds
         if config.compile:
@@ -120,8 +121,7 @@ class Trainer:
 
         Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), targets (B, M, K).
         """
-        masks = make_masks(self.config.mask, len(waveforms), self.config.seed, step)
-        context, targets = (self.to_device(indices) for indices in masks)
+        context, targets = map(self.to_device, make_masks(self.config.mask, len(waveforms), self.config.seed, step))
         with torch.autocast(self.device.type, DTYPES[self.config.amp], enabled=self.config.amp != "off"):
             patches = patchify(self.mel(self.to_device(waveforms)))                # (B, N, E)
             loss, predictions, goals = self.model(patches, context, targets)
@@ -139,6 +139,7 @@ class Trainer:
         self.model.update_target(momentum(step, self.config))
 
     def gradient_norm(self):
+        """The norm of the last step's gradient, as a number: waits for the device."""
         return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None).item()
 
 
@@ -192,12 +193,12 @@ def make_batches(config):
 
 
 def check_finite(losses, step, batches):
-    """Raise InputError if one of `losses`, those of the last steps up to `step`, is not finite, with the first one's clips."""
+    """Raise InputError, naming the clips, at the first of `losses` (of the last steps, up to `step`) that is not finite."""
     for number, loss in enumerate(torch.stack(losses).tolist(), start=step - len(losses) + 1):
         if not math.isfinite(loss):
             clips = ", ".join(batches.source.name(index) for index in batches.clips(number))
-            raise InputError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. A "
-                            f"lower --lr or --amp off may help. The clips of this step: {clips}")
+            raise InputError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. "
+                             f"A lower --lr or --amp off may help. The clips of this step: {clips}")
 
 
 class FailedReads:
@@ -226,24 +227,25 @@ def train(config, resume=None):
     Returns the number of the signal that ended it early, or None. Raises InputError.
     """
     batches, trainer = make_batches(config), Trainer(config)
-    failed = FailedReads(resume["unusable"] if resume else 0, config.batch_size, config.data)
-    first, rows = (resume["step"], resume["log"]) if resume else (0, [])
+    n_clips, mel = len(batches.source), trainer.mel
+    first, rows, unusable = (resume["step"], resume["log"], resume["unusable"]) if resume else (0, [], 0)
+    failed = FailedReads(unusable, config.batch_size, config.data)
 
     def save(step):
         save_checkpoint({"format": "audio-jepa 1", "config": dataclasses.asdict(config), "step": step, "log": rows,
-                         "unusable": failed.total, "n_clips": len(batches.source),
+                         "unusable": failed.total, "n_clips": n_clips,
                          **{name: part.state_dict() for name, part in trainer.parts.items()}}, config.out)
 
     if resume:
-        if resume["n_clips"] != len(batches.source):
-            raise InputError(f"--data {config.data}: {len(batches.source)} clips now, {resume['n_clips']} when the run began")
+        if resume["n_clips"] != n_clips:
+            raise InputError(f"--data {config.data}: {n_clips} clips now, {resume['n_clips']} when the run began")
         for name, part in trainer.parts.items():
             restore(part, resume, name)
     else:
-        trainer.mel.fit(batches)
+        mel.fit(batches)
         save(0)                                                                    # a full disk shows now, not tonight
-    print(f"{len(batches.source):,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
-          f"parameters; log-mel {trainer.mel.mean:.2f} +- {trainer.mel.deviation:.2f}", flush=True)
+    print(f"{n_clips:,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
+          f"parameters; log-mel {mel.mean:.2f} +- {mel.deviation:.2f}", flush=True)
 
     stopped = []
     def stop(signum, _):
@@ -255,23 +257,22 @@ def train(config, resume=None):
 
     losses, warned = [], False                                                     # losses: those not looked at yet
     asked = since = time.perf_counter()
-    waited = counted = 0
-    loader = make_loader(batches, range(first, config.steps), config.workers, trainer.device)
-    for step, batch in zip(range(first, config.steps), loader):
+    waited = counted = 0                                                           # since the last line: seconds, clips
+    steps = range(first, config.steps)
+    for step, batch in zip(steps, make_loader(batches, steps, config.workers, trainer.device)):
         waited += time.perf_counter() - asked
         failed.add(batch)
-        done, counted = step + 1, counted + config.batch_size
-        logs = done % config.log_every == 0 or done == config.steps
-        saves = done % config.save_every == 0 or done == config.steps
-
         loss, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
         losses.append(loss)
+        done, counted = step + 1, counted + config.batch_size
         stopping = bool(stopped)                                                   # a later signal waits for the next step
-        if logs or saves or stopping:
+        logs = done % config.log_every == 0 or done == config.steps
+        saves = done % config.save_every == 0 or done == config.steps or stopping
+        if logs or saves:
             gradient_norm = trainer.gradient_norm()
             if config.amp != "fp16":                                               # whose scaler skips a bad gradient
                 losses[-1] = loss + 0 * gradient_norm                              # not finite if either is not
-        if logs or saves or stopping or trainer.device.type == "cpu":              # a GPU would have to wait for each look
+        if logs or saves or trainer.device.type == "cpu":                          # a GPU would have to wait for each look
             check_finite(losses, step, batches)
             losses.clear()
         trainer.update(step)
@@ -285,16 +286,16 @@ def train(config, resume=None):
                    "seconds_left": (config.steps - done) * config.batch_size * passed / counted}
             rows.append(row)
             write_log(rows, log_path(config.out))
-            left = datetime.timedelta(seconds=round(row["seconds_left"]))
             print("step {step}/{0}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  goal spread {goal_spread:.2f}  "
                   "prediction spread {prediction_spread:.2f}  gradient {gradient_norm:.2f}  unusable {unusable}  "
-                  "{clips_per_second:.0f} clips/s  waiting {waiting:.0%}  left {1}".format(config.steps, left, **row), flush=True)
+                  "{clips_per_second:.0f} clips/s  waiting {waiting:.0%}  left {1}".format(
+                      config.steps, datetime.timedelta(seconds=round(row["seconds_left"])), **row), flush=True)
             if row["goal_spread"] < COLLAPSED and config.batch_size > 1 and not warned:
                 warned = True
                 print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
                       "lower --lr or a larger --batch-size, and listen whether the clips are all alike", flush=True)
             since, waited, counted = time.perf_counter(), 0, 0
-        if saves or stopping:
+        if saves:
             save(done)
         if stopping:
             break
@@ -314,23 +315,15 @@ def step_flop(config):
 
 
 def laps(items, work, device):
-    """Seconds [(waiting for the item, that and `work` on it)] of all items but the first two, which fill queues and compile."""
+    """Seconds [(waiting for item i, that and work(i, item))] of all but the first two, which fill queues and compile."""
     times, start = [], time.perf_counter()
-    for item in items:
+    for i, item in enumerate(items):
         waited = time.perf_counter() - start
-        work(item)
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
+        work(i, item)
+        torch.get_device_module(device).synchronize()
         times.append((waited, time.perf_counter() - start))
         start = time.perf_counter()
     return times[2:]
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of a large square matrix product: what this device can do at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / statistics.median(whole for _, whole in laps(range(12), lambda _: a @ b, device))
 
 
 def bench(config, n):
@@ -340,37 +333,33 @@ def bench(config, n):
     """
     import resource                                                                # here, not above: Windows has none
     from torch._dynamo.utils import counters                                       # and this costs a second
-    trainer, workers = Trainer(config), max(1, config.workers)
-    batches = make_batches(config)
+    batches, trainer, workers = make_batches(config), Trainer(config), max(1, config.workers)
     trainer.mel.fit(batches)
-    numbers = itertools.cycle(range(config.steps))                                 # every step draws other masks
-
-    def loader():
-        return make_loader(batches, range(n + 2), config.workers, trainer.device)
-
-    def step(batch):
-        number = next(numbers)
-        trainer.gradients(batch.waveforms, number)
-        trainer.update(number)
-
-    def line(name, items, work):
-        waits, wholes = zip(*laps(items, work, trainer.device))
-        low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
-        print(f"{name:8} {config.batch_size * n / sum(wholes):10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
-              f"   a step {1000 * statistics.median(wholes):,.1f} ms (80 % of them {low:,.1f} to {high:,.1f})", flush=True)
-        return sum(wholes) / n
-
-    seconds = line("loader", loader(), lambda batch: None)
-    print(f"         {config.batch_size / seconds / workers:10,.1f} clips/s for each of {workers} worker(s)")
+    loader = make_loader(batches, range(n + 2), config.workers, trainer.device)
     batch = batches[0]._replace(waveforms=batches[0].waveforms.to(trainer.device))
-    step(batch)
-    compiled = counters["stats"]["unique_graphs"]
-    seconds = line("step", [batch] * (n + 2), step)
-    line("both", loader(), step)
 
-    flop, best = step_flop(config), matmul_rate(trainer.device, DTYPES[config.amp])
-    print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {flop / seconds / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
-          f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {flop / seconds / best:.2f}")
+    def step(i, batch):
+        trainer.gradients(batch.waveforms, i)
+        trainer.update(i)
+
+    step(0, batch)
+    compiled, seconds = counters["stats"]["unique_graphs"], {}
+    for name, items, work in (("loader", loader, lambda i, batch: None), ("step", [batch] * (n + 2), step),
+                              ("both", loader, step)):
+        waits, wholes = zip(*laps(items, work, trainer.device))
+        seconds[name] = sum(wholes) / n
+        low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
+        print(f"{name:8} {config.batch_size / seconds[name]:10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
+              f"   a step {1000 * statistics.median(wholes):,.1f} ms (80 % of them {low:,.1f} to {high:,.1f})", flush=True)
+    print(f"loader   {config.batch_size / seconds['loader'] / workers:10,.1f} clips/s for each of {workers} worker(s)")
+
+    side = 8192 if trainer.device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=trainer.device, dtype=DTYPES[config.amp])
+    products = [whole for _, whole in laps(range(12), lambda i, item: a @ b, trainer.device)]
+    flop, best = step_flop(config), 2 * side ** 3 / statistics.median(products)
+    rate = flop / seconds["step"]
+    print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
+          f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {rate / best:.2f}")
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                        # macOS counts bytes, Linux KiB
     main, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if trainer.device.type == "cuda" else 0
@@ -381,6 +370,7 @@ def bench(config, n):
 # ---- the command --------------------------------------------------------------------------------------------------------
 
 def flag(name):
+    """The flag of a setting, as the user types it."""
     return "--" + name.replace("_", "-")
 
 
@@ -393,11 +383,11 @@ def parse(argv):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         default = "" if field.default in ("", None) else f" ({field.default})"
         parser.add_argument(flag(field.name), help=field.metadata["help"] + default, **kind)
-    parser.add_argument("--resume", metavar="CKPT", default=None, help="go on with this checkpoint, with its settings")
-    parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50, default=None,
+    parser.add_argument("--resume", metavar="CKPT", help="go on with this checkpoint, with its settings")
+    parser.add_argument("--bench", metavar="N", type=int, nargs="?", const=50,
                         help="time N steps (50) of this training instead of training")
     given = vars(parser.parse_args(argv))
-    return given, given.pop("resume"), given.pop("bench")
+    return given, given.pop("resume", None), given.pop("bench", None)
 
 
 def find_device(name):
@@ -414,23 +404,23 @@ def resolve(config):
     def need(ok, name, message):
         if not ok:
             raise InputError(f"{flag(name)} {getattr(config, name)}: {message}")
-    for name, choices in (("model", SIZES), ("mask", MASKS), ("amp", ("auto", *DTYPES))):
+    for name, choices in (("model", SIZES), ("mask", MASKS)):
         need(getattr(config, name) in choices, name, f"choose one of {', '.join(choices)}")
     for name, low, high in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("save_every", 1, 10 ** 9),
                             ("log_every", 1, 10 ** 9), ("workers", -1, 1000), ("seed", 0, 2 ** 32 - 1), ("lr", 0, 1),
-                            ("seconds", 0.25, 60)):                                # in less, a column of patches has no spectrum
+                            ("seconds", 0.25, 60)):                                # in less a column of patches has no spectrum
         need(low <= getattr(config, name) <= high, name, f"must lie between {low} and {high}")
     folder = os.path.dirname(config.out) or "."
     need(os.path.isdir(folder) and os.access(folder, os.W_OK), "out", f"{folder} is no folder to write to")
     device = find_device(config.device).type
     on_cuda = device == "cuda"
-    bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    need(config.amp != "bf16" or bf16 or not on_cuda, "amp", "this GPU has none; use --amp fp16")
-    need(config.amp != "fp16" or on_cuda, "amp", f"only on CUDA, not on {device}; use bf16 or off")
+    amps = ["off", "bf16"]                                                         # what the device can do, 'auto' first
+    if on_cuda:
+        amps = ["bf16"] * torch.cuda.is_bf16_supported(including_emulation=False) + ["fp16", "off"]
+    need(config.amp in ("auto", *amps), "amp", f"on {device} choose auto or one of {', '.join(amps)}")
     lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
     return dataclasses.replace(
-        config, device=device, lr=config.lr or lr,
-        amp=config.amp if config.amp != "auto" else "off" if not on_cuda else "bf16" if bf16 else "fp16",
+        config, device=device, lr=config.lr or lr, amp=amps[0] if config.amp == "auto" else config.amp,
         compile=on_cuda if config.compile is None else config.compile,
         workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
 
@@ -442,7 +432,7 @@ def main(argv=None):
         if n_bench is not None and n_bench < 2:
             raise InputError(f"--bench {n_bench}: must be at least 2")
         checkpoint = load_checkpoint(resume) if resume else None
-        if resume:
+        if checkpoint:
             saved = checkpoint["config"]
             changed = [f"{flag(name)} {value} (it has {saved[name]})" for name, value in given.items()
                        if name not in FREE_ON_RESUME and value != saved[name]]
@@ -458,11 +448,7 @@ def main(argv=None):
             if os.path.exists(path):
                 raise InputError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
-        # On CPUs in bf16 the fused attention's backward pass takes six times as long as the plain one's.
-        plain = config.device == "cpu" and config.amp == "bf16"
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)              # its sums in bf16, despite the name
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
+        signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
     except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
         return 1
