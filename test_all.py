@@ -317,7 +317,7 @@ def test_the_loss_by_hand_and_where_its_gradient_goes(jepa):
 def test_redundancy_by_hand():
     ideal = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])[None]             # unit variance, uncorrelated
     assert model.redundancy(ideal) == pytest.approx(0, abs=1e-4)
-    assert model.redundancy(ideal * 0.5) == pytest.approx(0.5, abs=1e-3)           # both deviations are half of what they should
+    assert model.redundancy(ideal * 0.5) == pytest.approx(0.5, abs=1e-3)           # both deviations half of what they should be
     assert model.redundancy(ideal[..., [0, 0]]) == pytest.approx(0.1 * 2 / 2, abs=1e-3)       # covariance 1, twice, over D = 2
     assert model.redundancy(ideal + 7) == pytest.approx(0, abs=1e-4)               # the mean is free
 
@@ -881,7 +881,7 @@ def test_labels_are_found_in_every_layout(tmp_path):
 
 def test_audioset_is_found_by_its_official_files(tmp_path, capsys):
     """Names as downloaders write them; identifiers that hold - and _; labels quoted; rows and clips left over."""
-    header = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=3\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    header = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=3\n# YTID, start_seconds, end_seconds, labels\n"
     (tmp_path / "balanced_train_segments.csv").write_text(
         header + '-abc_DEF-12, 30.000, 40.000, "/m/a,/m/b"\nYYYYYYYYYYY, 0.000, 10.000, "/m/b,/m/unknown"\n')
     (tmp_path / "eval_segments.csv").write_text(
@@ -1014,7 +1014,8 @@ def test_the_probe_leaves_out_what_it_cannot_read(trained, tmp_path, capsys):
 
 def test_a_class_that_unreadable_clips_make_rare_is_left_out_of_features_and_labels(trained, tmp_path):
     def linear(folder):
-        assert probe.main([str(trained / "ckpt.pt"), "--data", str(folder), "--workers", "0", "--json", str(tmp_path / "t")]) == 0
+        flags = ["--data", str(folder), "--workers", "0", "--json", str(tmp_path / "t")]
+        assert probe.main([str(trained / "ckpt.pt"), *flags]) == 0
         return json.loads((tmp_path / "t").read_text())["results"]["trained"]["linear"]["accuracy"]
     for i in range(20):
         save_tone(tmp_path / "clips" / "bc"[i % 2] / f"{i}.wav", (300, 3000)[i % 2] + 10 * i)
