@@ -90,13 +90,14 @@ class AudioFiles:
         self.root = os.fsencode(root)
         if os.path.isdir(self.root):
             paths = []
-            for folder, subfolders, names in os.walk(self.root):
+            for folder, subfolders, names in os.walk(self.root, followlinks=True):
                 subfolders.sort()                                                  # one order on every machine
                 paths += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
             text, self.root = b"\0".join(paths), b""                               # a path may hold a new line, never a 0
         elif os.path.isfile(self.root) and not self.root.lower().endswith(EXTENSIONS):
             with open(self.root, "rb") as file:
-                text = file.read().replace(b"\r", b"\0").replace(b"\n", b"\0")      # Windows ends lines with both
+                text = file.read().removeprefix(b"\xef\xbb\xbf")                    # Windows begins some lists with these,
+                text = text.replace(b"\r", b"\0").replace(b"\n", b"\0")            # and ends lines with both
             self.root = os.path.dirname(self.root)
         else:
             raise InputError(f"{root}: no such folder, nor a text file with one path a line")
@@ -259,7 +260,8 @@ def start_worker(_):
 def end_workers():
     """At the exit of the program. After an error, Python would send workers SIGTERM and wait; ours ignore it."""
     for worker in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                              # else the DataLoader reports a murder
+        if hasattr(signal, "SIGCHLD"):                                             # Windows has none
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)                          # or the DataLoader would raise for each
         worker.kill()
 
 

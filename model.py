@@ -6,7 +6,7 @@ Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), se
 The letters of all shapes in this project:
     B clips              S samples of a clip (32 kHz)     F mel bands (128)       T frames (256)
     N patches (128)      C patches of the context         M target blocks         K patches of one block
-    D encoder width      P predictor width                H attention heads       E values of one patch (16 x 16 = 256)
+    D encoder width      P predictor width                E values of one patch (16 x 16 = 256)
     T' embeddings of a clip, one a column of patches      D' = 8 D, their size: the 8 bands of a column side by side
 """
 
@@ -79,7 +79,7 @@ def init_weights(model):
 class Encoder(nn.Module):
     """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D).
 
-    Hidden patches are dropped, not zeroed: they cost nothing, and the encoder cannot see where something is missing.
+    Hidden patches are dropped, not zeroed: they cost nothing, and the encoder never meets a placeholder that no clip holds.
     """
 
     def __init__(self, width, depth, heads):
@@ -128,8 +128,8 @@ class Predictor(nn.Module):
 def redundancy(latents):
     """How far the features of latents (B, C, D) are from varying (deviation 1 or more) and from not repeating one another.
 
-    Constant features are the easiest to predict (collapse): the first term forbids them. Next come those that tell the place
-    but not the sound: the second makes them a minority, for place alone has few independent features.
+    Constant features are the easiest to predict (collapse): the first term, too_small, forbids them. The next easiest tell the
+    place but not the sound: the second, repeated, makes them a minority, for place alone has few independent features.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
@@ -226,14 +226,15 @@ class Embedder(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
-        """Waveform (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound. ValueError without samples.
+        """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound. Raises ValueError.
 
         Long audio goes through in windows of the training length, 64 at a time; windows know nothing of one another.
         """
         device = self.mel.mean.device
-        waveform = to_sample_rate(torch.atleast_2d(waveform).float().cpu(), sample_rate)
-        if waveform.shape[1] == 0:
-            raise ValueError("a waveform without samples")
+        waveform = torch.atleast_2d(torch.as_tensor(waveform)).cpu()
+        if waveform.shape[1] == 0 or not waveform.is_floating_point():
+            raise ValueError("a waveform without samples, or of integers instead of floats from -1 to 1")
+        waveform = to_sample_rate(waveform.float(), sample_rate)
         window = COLUMNS * self.column                                             # samples: the training length
         padded = F.pad(waveform, (0, -waveform.shape[1] % window))
         batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(64)

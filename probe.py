@@ -10,6 +10,7 @@ Sources: linear probes, arXiv 1610.01644; neighbours' votes as in the benchmark 
 """
 
 import argparse
+import collections
 import copy
 import csv
 import dataclasses
@@ -66,7 +67,7 @@ def read_csv(path, columns, header=None):
     header: the names of the columns, for a file that begins with comments (#) instead of them.
     """
     if os.path.exists(path):
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             lines = (line for line in file if not (header and line.startswith("#")))
             for row in csv.DictReader(lines, header, skipinitialspace=True):
                 if None in row or any(row.get(column) is None for column in columns):
@@ -99,9 +100,16 @@ def from_audioset(folder, files):
 def from_table(path, files):
     """A CSV with columns filename, category and perhaps split or fold: {file: ([class], group or None)}."""
     by_name = {os.path.basename(file): file for file in files} | {file: file for file in files}
-    rows = list(read_csv(path, ["filename", "category"]))
-    table = {by_name[row["filename"]]: ([row["category"]], row.get("split") or row.get("fold") or None)
-             for row in rows if row["filename"] in by_name}
+    same_name = collections.Counter(map(os.path.basename, files))
+    rows, table = list(read_csv(path, ["filename", "category"])), {}
+    for row in rows:
+        file, split = by_name.get(row["filename"]), (row.get("split") or "").lower()
+        if split and split not in SPLITS:
+            raise InputError(f"{path}: the split of {row['filename']} is {split}; it may be train, valid or test")
+        if file in table or row["filename"] not in files and same_name[row["filename"]] > 1:
+            raise InputError(f"{path}: {row['filename']} stands for several files, or in several rows")
+        if file:
+            table[file] = ([row["category"]], split or row.get("fold") or None)
     if rows:
         print(f"{path}: {len(table)} of {len(rows)} rows name a file here")
     return table
@@ -120,6 +128,8 @@ def from_folders(files):
 
 def load_labelled(folder):
     """The clips of a folder that have a label, by the first layout that gives any. Raises InputError if none does."""
+    if os.path.isfile(folder):
+        raise InputError(f"{folder}: the probe needs a folder with labels; name one with --data")
     source = AudioFiles(folder)
     files = {os.path.relpath(os.fsdecode(source.path(i)), folder): i for i in range(len(source))}
     table = (from_audioset(folder, files) or from_table(os.path.join(folder, "meta", "esc50.csv"), files)
@@ -336,6 +346,8 @@ def print_table(results):
 
 def probe(args):
     """What the command does with its arguments; prints the table. Raises InputError."""
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: must be at least 0")
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
     config, mel = trained.config, copy.deepcopy(trained.mel)                       # this one stays on the CPU
     torch.manual_seed(0)

@@ -117,7 +117,7 @@ def test_a_file_without_permission_is_unusable(tmp_path):
 
 
 def test_a_list_of_paths_is_relative_to_itself(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"a.wav\n\n\r\nsub/b.wav\r\n/abs/c.wav")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.wav\n\n\r\nsub/b.wav\r\n/abs/c.wav")
     files = data.AudioFiles(tmp_path / "list.txt")
     root = os.fsencode(tmp_path)
     assert [files.path(i) for i in range(len(files))] == [root + b"/a.wav", root + b"/sub/b.wav", b"/abs/c.wav"]
@@ -508,7 +508,8 @@ def test_an_error_of_any_kind_ends_the_workers_too(tmp_path):
     (["--resume", "ckpt.pt", "--mask", "random", "--lr", "0.5"], "--mask random (it has block), --lr 0.5"),
     (["--resume", "ckpt.pt", "--steps", "9"], "--steps 9 (it has 4)"), (["--resume", "absent.pt"], "absent.pt: No such file"),
     (["--data", "absent", "--out", "new.pt"], "no such folder"), (["--steps", "0", "--out", "new.pt"], "--steps 0"),
-    (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "absent is no folder")])
+    (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "absent is no folder"),
+    (["--out", "new.csv"], "the log goes")])
 def test_what_train_refuses_it_refuses_in_one_line(trained, flags, says):
     done = run(["train.py", *flags], trained)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
@@ -939,6 +940,19 @@ def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
         probe.load_labelled(str(tmp_path))
 
 
+@pytest.mark.parametrize("rows, says", [
+    ("filename,category,split\na.wav,x,training\n", "split of a.wav is training"),
+    ("filename,category\na.wav,x\na.wav,y\n", "several rows"), ("filename,category\nsame.wav,x\n", "several files")])
+def test_a_table_that_could_be_read_in_two_ways_is_refused(tmp_path, rows, says):
+    for name in ("a.wav", "1/same.wav", "2/same.wav"):
+        save_tone(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(rows)
+    with pytest.raises(data.InputError, match=says):
+        probe.load_labelled(str(tmp_path))
+    (tmp_path / "labels.csv").write_text("filename,category,split\na.wav,x,Train\n1/same.wav,y,TEST\n")
+    assert probe.load_labelled(str(tmp_path)).groups == ["train", "test"]
+
+
 def test_classes_of_one_clip_are_left_out(capsys):
     kept = probe.drop_rare(labelled([None] * 5, [0, 0, 1, 1, 2]))
     assert len(kept.indices) == 4 and kept.labels.shape == (4, 2) and "1 of 3 classes" in capsys.readouterr().out
@@ -965,7 +979,9 @@ def test_the_encoder_in_one_call(trained):
     assert embeddings.shape == (2, 40, 1536)
     assert torch.allclose(encoder(long[1], 32_000)[0], embeddings[1], atol=1e-4)   # whatever else is in the batch
     assert torch.allclose(encoder(long[:, :20_480], 32_000), embeddings[:, :16], atol=1e-4)
-    assert encoder(torch.randn(800), 8_000).shape == (1, 3, 1536)                  # a tenth of a second: 2.5 columns
+    assert encoder(np.random.randn(800), 8_000).shape == (1, 3, 1536)              # a tenth of a second: 2.5 columns
+    with pytest.raises(ValueError):
+        encoder(torch.ones(800, dtype=torch.int16), 8_000)
     tokens = encoder.encoder(model.patchify(encoder.mel(long[:, :20_480])))
     for row, column in ((0, 0), (5, 9)):
         assert torch.allclose(embeddings[0, column, row * 192:(row + 1) * 192], tokens[0, row * 16 + column], atol=1e-4)

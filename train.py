@@ -4,7 +4,7 @@ In: a folder of audio (`--data`), or nothing (built-in sounds). Out: a checkpoin
 a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, a few minutes on a laptop, no data needed
-    python train.py --data /path/audioset        the paper's recipe
+    python train.py --data /path/audioset        the paper's size and length
 """
 
 import argparse
@@ -39,7 +39,7 @@ def setting(default, text):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run; each is a flag of the command line, and all are saved in the checkpoint."""
+    """The settings of a run that have a flag on the command line; all are saved in the checkpoint."""
     data: str = setting("", "folder of audio (wav flac ogg opus mp3 aiff), or a text file of paths; none: built-in sounds")
     out: str = setting("ckpt.pt", "the checkpoint to write; the log goes beside it as .csv")
     model: str = setting("base", "size of the encoder: tiny, small or base (ViT-B)")
@@ -336,7 +336,8 @@ def bench(config, n):
     batches, trainer, workers = make_batches(config), Trainer(config), max(1, config.workers)
     trainer.mel.fit(batches)
     loader = make_loader(batches, range(n + 2), config.workers, trainer.device)
-    batch = batches[0]._replace(waveforms=batches[0].waveforms.to(trainer.device))
+    batch = batches[0]
+    batch = batch._replace(waveforms=batch.waveforms.to(trainer.device))
 
     def step(i, batch):
         trainer.gradients(batch.waveforms, i)
@@ -412,6 +413,7 @@ def resolve(config):
         need(low <= getattr(config, name) <= high, name, f"must lie between {low} and {high}")
     folder = os.path.dirname(config.out) or "."
     need(os.path.isdir(folder) and os.access(folder, os.W_OK), "out", f"{folder} is no folder to write to")
+    need(log_path(config.out) != config.out, "out", "that is where the log goes; choose a name that ends in .pt")
     device = find_device(config.device).type
     on_cuda = device == "cuda"
     amps = ["off", "bf16"]                                                         # what the device can do, 'auto' first
@@ -438,20 +440,25 @@ def main(argv=None):
                        if name not in FREE_ON_RESUME and value != saved[name]]
             if changed:
                 raise InputError(f"{resume} began with other settings, which --resume keeps: {', '.join(changed)}")
-            settings = saved | {"out": resume, "workers": -1} | given
+            settings = saved | {"out": resume} | given
             if checkpoint["step"] >= settings["steps"]:
                 raise InputError(f"{resume} is complete: {settings['steps']} of {settings['steps']} steps")
         else:
             settings = given if "data" in given else BUILT_IN | given
         config = resolve(Config(**settings))
-        for path in () if resume or n_bench else (config.out, log_path(config.out)):
-            if os.path.exists(path):
+        for path in (config.out, log_path(config.out)):
+            if os.path.exists(path) and config.out != resume and not n_bench:
                 raise InputError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
     except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: out of memory, lower --batch-size or --model ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:                                                      # before the first step: nothing to save
+        return 130
     return 128 + signum if signum else 0
 
 
