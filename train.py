@@ -43,7 +43,7 @@ class Config:
     data: str = setting("", "folder of audio (wav flac ogg opus mp3 aiff), or a text file of paths; none: built-in sounds")
     out: str = setting("ckpt.pt", "the checkpoint to write; the log goes beside it as .csv")
     model: str = setting("base", "size of the encoder: tiny, small or base (ViT-B)")
-    seconds: float = setting(10.0, "length of a clip: 10 as in the paper; 1.28 to 2.56 suits speech and short sounds")
+    seconds: float = setting(10.0, "length of a clip: 10 as in the paper; 0.64 to 2.56 suits speech and short sounds")
     steps: int = setting(100_000, "length of the run; all schedules stretch with it")
     batch_size: int = setting(256, "clips a step")
     lr: float = setting(0.0, "peak learning rate; 0.0: 3e-4 * sqrt(batch size / 256) * 768 / width")
