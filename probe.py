@@ -348,6 +348,8 @@ def probe(args):
     """What the command does with its arguments; prints the table. Raises InputError."""
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must be at least 0")
+    if args.json:
+        open(args.json, "a").close()                                               # what cannot be written shows now, not last
     trained = load_encoder(args.checkpoint, args.encoder, args.layer)
     config, mel = trained.config, copy.deepcopy(trained.mel)                       # this one stays on the CPU
     torch.manual_seed(0)

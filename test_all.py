@@ -643,9 +643,9 @@ def test_of_several_losses_the_first_bad_one_is_blamed():
     assert all(batches.source.name(i) in str(error.value) for i in batches.clips(11))
 
 
-def test_gradients_that_are_not_finite_are_not_saved(recordings, tmp_path, monkeypatch):
+def test_gradients_that_are_not_finite_end_the_run_at_their_own_step(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "gradient_norm", lambda trainer: math.inf)
-    with pytest.raises(data.InputError, match="gradient of step 2"):
+    with pytest.raises(data.InputError, match="gradient of step 1"):
         train.train(config(data=str(recordings), out=str(tmp_path / "c.pt"), steps=2))
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0
 

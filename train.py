@@ -268,11 +268,10 @@ def train(config, resume=None):
         stopping = bool(stopped)                                                   # a later signal waits for the next step
         logs = done % config.log_every == 0 or done == config.steps
         saves = done % config.save_every == 0 or done == config.steps or stopping
-        if logs or saves:
+        if logs or saves or trainer.device.type == "cpu":                          # a GPU would have to wait for each look
             gradient_norm = trainer.gradient_norm()
             if config.amp != "fp16":                                               # whose scaler skips a bad gradient
                 losses[-1] = loss + 0 * gradient_norm                              # not finite if either is not
-        if logs or saves or trainer.device.type == "cpu":                          # a GPU would have to wait for each look
             check_finite(losses, step, batches)
             losses.clear()
         trainer.update(step)
@@ -335,6 +334,7 @@ def bench(config, n):
     from torch._dynamo.utils import counters                                       # and this costs a second
     batches, trainer, workers = make_batches(config), Trainer(config), max(1, config.workers)
     trainer.mel.fit(batches)
+    failed = FailedReads(0, config.batch_size, config.data)
     loader = make_loader(batches, range(n + 2), config.workers, trainer.device)
     batch = batches[0]
     batch = batch._replace(waveforms=batch.waveforms.to(trainer.device))
@@ -345,7 +345,7 @@ def bench(config, n):
 
     step(0, batch)
     compiled, seconds = counters["stats"]["unique_graphs"], {}
-    for name, items, work in (("loader", loader, lambda i, batch: None), ("step", [batch] * (n + 2), step),
+    for name, items, work in (("loader", loader, lambda i, batch: failed.add(batch)), ("step", [batch] * (n + 2), step),
                               ("both", loader, step)):
         waits, wholes = zip(*laps(items, work, trainer.device))
         seconds[name] = sum(wholes) / n
