@@ -39,18 +39,13 @@ def hop_samples(seconds):
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
-    """The kernel from `rate` Hz to 32 kHz, computed once.
+    """Makes (..., samples at `rate` Hz) into (..., samples at 32 kHz), with a kernel computed once.
 
     A rate that shares few factors with 32,000 would need a giant kernel, so odd ones are rounded, to 25 Hz below 20 kHz, 50 Hz
     below 40 kHz and so on: the pitch of a 4,013 Hz file moves by a third of a per cent, that of usual rates not at all.
     """
     step = 25 * 2 ** max(0, int(math.log2(rate / 10_000)))
     return torchaudio.transforms.Resample(step * round(rate / step), SAMPLE_RATE)
-
-
-def to_sample_rate(waveform, rate):
-    """(..., samples at `rate` Hz) -> (..., samples at 32 kHz)."""
-    return resampler(rate)(waveform)                                               # which does nothing at 32 kHz
 
 
 def read_audio(path, position=0.0, n_samples=None):
@@ -67,14 +62,14 @@ def read_audio(path, position=0.0, n_samples=None):
             wanted = file.frames if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE)
             file.seek(int(position * max(0, file.frames - wanted + 1)))
             samples = file.read(wanted, dtype="float32", always_2d=True)           # (samples, channels)
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:   # whatever a header may claim
         raise InputError(str(error)) from error
     if len(samples) == 0:
         raise InputError("no samples")
     if not -1e4 < samples.min() <= samples.max() < 1e4:                            # NaN fails every comparison
         raise InputError("samples that are NaN, infinite or absurdly large")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    return to_sample_rate(torch.from_numpy(mono), rate)[:n_samples]
+    return resampler(rate)(torch.from_numpy(mono))[:n_samples]
 
 
 # ---- where clips come from ----------------------------------------------------------------------------------------------
@@ -82,38 +77,32 @@ def read_audio(path, position=0.0, n_samples=None):
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
 
-    Two million paths as Python strings would be copied into every worker as soon as it touches their reference counts;
-    here they are one array of bytes, and where in it each starts and ends. Raises InputError if there is nothing to read.
+    One array of bytes, for a worker would copy two million Python strings by merely counting its references to them.
+    Raises InputError if there is nothing to read.
     """
 
     def __init__(self, root):
-        self.root = os.fsencode(root)
-        if os.path.isdir(self.root):
-            paths = []
-            for folder, subfolders, names in os.walk(self.root, followlinks=True):
+        top, paths = os.fsencode(root), []
+        if os.path.isdir(top):
+            for folder, subfolders, names in os.walk(top, followlinks=True):
                 subfolders.sort()                                                  # one order on every machine
                 paths += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
-            text, self.root = b"\0".join(paths), b""                               # a path may hold a new line, never a 0
-        elif os.path.isfile(self.root) and not self.root.lower().endswith(EXTENSIONS):
-            with open(self.root, "rb") as file:
-                text = file.read().removeprefix(b"\xef\xbb\xbf")                    # Windows begins some lists with these,
-                text = text.replace(b"\r", b"\0").replace(b"\n", b"\0")            # and ends lines with both
-            self.root = os.path.dirname(self.root)
+        elif os.path.isfile(top) and not top.lower().endswith(EXTENSIONS):
+            with open(top, "rb") as file:
+                lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()     # with which Windows begins some lists
+            paths = [os.path.join(os.path.dirname(top), line) for line in lines if line]
         else:
             raise InputError(f"{root}: no such folder, nor a text file with one path a line")
-        self.text = np.frombuffer(b"\0" + text + b"\0", np.uint8)
-        zeros = np.flatnonzero(self.text == 0)
-        filled = np.diff(zeros) > 1                                                # drops blank lines
-        self.starts, self.ends = zeros[:-1][filled] + 1, zeros[1:][filled]
-        if not len(self.ends):
+        if not paths:
             raise InputError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()})")
+        self.paths = np.array(paths)                                               # (n,), all as wide as the longest
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.paths)
 
     def path(self, index):
         """The path of file `index`, as bytes: names need not be valid UTF-8."""
-        return os.path.join(self.root, self.text[self.starts[index]:self.ends[index]].tobytes())
+        return bytes(self.paths[index])
 
     def name(self, index):
         """The path as printable text for messages."""
@@ -275,7 +264,7 @@ def make_loader(batches, steps, workers, device):
 # ---- from waveform to spectrogram -----------------------------------------------------------------------------------------
 
 class LogMel(nn.Module):
-    """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, T), S = 256 hops, on whatever device holds them.
+    """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, one frame a hop), on whatever device holds them.
 
     One hop is seconds / 256, one window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a speech recogniser's at 2.56 s
     (10 ms). Short windows are padded to 1024 points, or mel bands would fall between two points of the spectrum.
@@ -298,7 +287,8 @@ class LogMel(nn.Module):
             return (torch.cat(parts) + MEL_FLOOR).log()                            # four times as fast
 
     def forward(self, waveforms):
-        return (self.log_mel(waveforms)[..., :N_FRAMES] - self.mean) / self.deviation      # the last frame is one too many
+        frames = math.ceil(waveforms.shape[1] / self.hop)                          # log_mel gives one more
+        return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
 
     def fit(self, batches, n_clips=256):
         """Set `mean` and `deviation` from the first clips of the training order, over the frames that hold sound."""

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from data import N_MELS, SAMPLE_RATE, InputError, LogMel, to_sample_rate
+from data import N_MELS, SAMPLE_RATE, InputError, LogMel, resampler
 from masking import COLUMNS, ROWS
 
 PATCH = N_MELS // ROWS                # 16 bands x 16 frames
-SIZES = {"tiny": dict(width=192, depth=12, heads=3), "small": dict(width=384, depth=12, heads=6),
-         "base": dict(width=768, depth=12, heads=12)}
+SIZES = {"tiny": 192, "small": 384, "base": 768}     # D; every encoder has 12 layers, and a head for each 64 of its width
 
 
 def patchify(spectrograms):
@@ -68,7 +67,7 @@ class Layer(nn.Module):
 def init_weights(model):
     """Normal weights of deviation 1 / sqrt(inputs) for every matrix, so that signals keep their size; zero biases.
 
-    ViT's usual 0.02 makes the layers of a narrow encoder nearly linear at first, and the first goals as poor as they are.
+    With ViT's usual 0.02 the layers of a narrow encoder start out nearly linear, and the first goals say little of the sound.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -82,11 +81,11 @@ class Encoder(nn.Module):
     Hidden patches are dropped, not zeroed: they cost nothing, and the encoder never meets a placeholder that no clip holds.
     """
 
-    def __init__(self, width, depth, heads):
+    def __init__(self, width):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
+        self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(12)))
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
@@ -101,9 +100,9 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """A narrow ViT: from the context's latents (B, C, D), guess the goals at `targets` (B, M, K) -> (B, M, K, D).
 
-    It may know where a patch is and what usually lies there. Without it the latents themselves would have to equal those of
-    other places, which they do best by being all alike. Each block is predicted without sight of the others. Narrow, for a
-    predictor as strong as the encoder could do the encoder's work.
+    A hidden patch enters as one learned token plus its position. Without a predictor, the latents of the visible patches
+    would themselves have to equal those of the hidden ones, easiest if all were alike. Each block is predicted without sight
+    of the others. Narrow, for a predictor as strong as the encoder could do the encoder's work.
     """
 
     def __init__(self, encoder_width, width, depth, heads):
@@ -126,10 +125,10 @@ class Predictor(nn.Module):
 
 
 def redundancy(latents):
-    """How far the features of latents (B, C, D) are from varying (deviation 1 or more) and from not repeating one another.
+    """How far the features of latents (B, C, D) fall short of a deviation of 1, and how much they repeat one another.
 
-    Constant features are the easiest to predict (collapse): the first term, too_small, forbids them. The next easiest tell the
-    place but not the sound: the second, repeated, makes them a minority, for place alone has few independent features.
+    Constant features are the easiest to predict (collapse): the first term, too_small, penalises them. The next easiest tell
+    the place but not the sound: the second, repeated, limits them, for place alone has at most N - 1 uncorrelated features.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
@@ -147,16 +146,16 @@ class AudioJEPA(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        width, heads = SIZES[size]["width"], SIZES[size]["heads"]
-        self.encoder = Encoder(**SIZES[size])
-        self.predictor = Predictor(width, width // 2, depth=6, heads=heads)
+        width = SIZES[size]
+        self.encoder = Encoder(width)
+        self.predictor = Predictor(width, width // 2, depth=6, heads=width // 64)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     @torch.no_grad()                                                               # stop-gradient: goals are given, not learned
     def goals(self, patches):
         """What the predictor should find anywhere: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        Normalised, as in I-JEPA's code, with no scale to learn: else the loss would become small by shrinking goals.
+        Normalised, as in I-JEPA's code, without a learned scale, which could shrink the goals and the loss with them.
         """
         latents = self.target(patches).float()
         return F.layer_norm(latents, latents.shape[-1:])
@@ -213,9 +212,9 @@ class Embedder(nn.Module):
 
     def __init__(self, size, seconds):
         super().__init__()
-        self.mel, self.encoder = LogMel(seconds), Encoder(**SIZES[size])
-        self.column = PATCH * self.mel.hop                                         # samples in one column of patches
-        self.output_dim, self.hop_seconds = ROWS * SIZES[size]["width"], self.column / SAMPLE_RATE
+        self.mel, self.encoder = LogMel(seconds), Encoder(SIZES[size])
+        self.column_samples = PATCH * self.mel.hop
+        self.output_dim, self.hop_seconds = ROWS * SIZES[size], self.column_samples / SAMPLE_RATE
 
     def stop_after(self, layer):
         """From now on give the output of this layer, counted from 1, before the last norm. Raises InputError."""
@@ -234,13 +233,13 @@ class Embedder(nn.Module):
         waveform = torch.atleast_2d(torch.as_tensor(waveform)).cpu()
         if waveform.shape[1] == 0 or not waveform.is_floating_point():
             raise ValueError("a waveform without samples, or of integers instead of floats from -1 to 1")
-        waveform = to_sample_rate(waveform.float(), sample_rate)
-        window = COLUMNS * self.column                                             # samples: the training length
+        waveform = resampler(sample_rate)(waveform.float())
+        window = COLUMNS * self.column_samples                                     # the training length
         padded = F.pad(waveform, (0, -waveform.shape[1] % window))
         batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(64)
         tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", b=len(waveform), row=ROWS)
-        return columns[:, :math.ceil(waveform.shape[1] / self.column)]
+        return columns[:, :math.ceil(waveform.shape[1] / self.column_samples)]
 
 
 def load_encoder(path, which="target", layer=None):

@@ -195,6 +195,8 @@ def make_rounds(data):
             known = shuffled(torch.cat([train, valid]))
             tenth = torch.arange(len(known)) % 10 == 0
             train, valid = known[~tenth], known[tenth]
+        if len(train) < 2:
+            raise InputError("too few clips to train on: there must be two beside those for validation and test")
         rounds.append((train, valid, everything[is_test]))
     return rounds
 
@@ -202,7 +204,7 @@ def make_rounds(data):
 # ---- features -----------------------------------------------------------------------------------------------------------
 
 def compute_features(data, encoders, mel, workers, pool):
-    """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D')}, and which clips could be read.
+    """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D' or D)}, and which clips could be read.
 
     A clip's feature is the mean of its embeddings over the columns that hold sound; for the log-mel baseline mean and
     deviation of its frames. `pool` "time" keeps the 8 bands of a column apart; "mean" averages them too, as the published
@@ -215,7 +217,7 @@ def compute_features(data, encoders, mel, workers, pool):
         if not clips:
             continue
         waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)       # (B, S)
-        for clip, frames in zip(clips, (mel.log_mel(waveforms) - mel.mean) / mel.deviation):
+        for clip, frames in zip(clips, mel(waveforms)):
             frames = frames[:, :math.ceil(len(clip) / mel.hop)]                    # (F, frames that hold sound)
             features["log-mel"].append(torch.cat([frames.mean(1), frames.std(1, correction=0)]))
         for name, encoder in encoders.items():
@@ -223,7 +225,7 @@ def compute_features(data, encoders, mel, workers, pool):
             if pool == "mean":
                 embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
             for clip, columns in zip(clips, embeddings):
-                features[name].append(columns[:math.ceil(len(clip) / encoder.column)].mean(0))
+                features[name].append(columns[:math.ceil(len(clip) / encoder.column_samples)].mean(0))
         if time.monotonic() - told > 10:
             print(f"features of {len(readable):,} of {len(data):,} clips", flush=True)
             told = time.monotonic()
@@ -300,9 +302,8 @@ def ranking_metrics(scores, labels):
         raise InputError("no class has both clips with and without it in the part to test on")
     precisions, areas = [], []
     for score, truth in zip(scores.T[present].double(), labels.T[present].double()):
-        values, tie = score.unique(return_inverse=True)                            # ascending
-        positives = torch.zeros(len(values), dtype=torch.double).index_add_(0, tie, truth).flip(0)
-        negatives = torch.zeros(len(values), dtype=torch.double).index_add_(0, tie, 1 - truth).flip(0)
+        rank = score.unique(return_inverse=True)[1]                                # equal scores share a rank; 0 is the lowest
+        positives, negatives = rank.bincount(truth).flip(0), rank.bincount(1 - truth).flip(0)
         hits, misses = positives.cumsum(0), negatives.cumsum(0)
         precisions.append((positives * hits / (hits + misses)).sum() / hits[-1])
         areas.append((negatives * (hits - positives / 2)).sum() / (hits[-1] * misses[-1]))
@@ -344,7 +345,7 @@ def print_table(results):
 
 # ---- the command --------------------------------------------------------------------------------------------------------
 
-def probe(args):
+def run_probe(args):
     """What the command does with its arguments; prints the table. Raises InputError."""
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: must be at least 0")
@@ -391,8 +392,8 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     args = parser.parse_args(argv)
     try:
-        probe(args)
-    except (InputError, OSError) as error:
+        run_probe(args)
+    except (InputError, OSError, csv.Error) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

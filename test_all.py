@@ -265,7 +265,7 @@ def test_attention_against_a_slow_loop():
 @pytest.mark.parametrize("size, millions", [("tiny", 5.4), ("small", 21.4), ("base", 85.3)])
 def test_sizes_and_initialisation(size, millions):
     torch.manual_seed(0)
-    encoder = model.Encoder(**model.SIZES[size])
+    encoder = model.Encoder(model.SIZES[size])
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == millions
     linears = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert all(not m.bias.any() for m in linears)
@@ -686,6 +686,9 @@ def odd_file(kind, folder):
         path.symlink_to("nowhere")
     elif kind == "absent":
         pass
+    elif kind == "headless":
+        path = folder / "headless.raw"
+        path.write_bytes(noise.tobytes())
     elif kind == "unreadable rate":
         soundfile.write(path, noise, 32_000)
         path.write_bytes(path.read_bytes()[:24] + (4_000_000_000).to_bytes(4, "little") + path.read_bytes()[28:])
@@ -712,7 +715,7 @@ def odd_file(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "no samples", "nan", "inf", "huge", "folder", "dangling", "absent",
-                                  "unreadable rate"])
+                                  "headless", "unreadable rate"])
 def test_files_that_cannot_be_used_say_why(tmp_path, kind):
     with pytest.raises(data.InputError):
         data.read_audio(os.fsencode(odd_file(kind, tmp_path)), 0.3, 20_480)
@@ -958,6 +961,8 @@ def test_classes_of_one_clip_are_left_out(capsys):
     assert len(kept.indices) == 4 and kept.labels.shape == (4, 2) and "1 of 3 classes" in capsys.readouterr().out
     with pytest.raises(data.InputError, match="some have none"):
         probe.make_rounds(labelled(["1", None, "2"], [0, 1, 0]))
+    with pytest.raises(data.InputError, match="too few clips to train on"):
+        probe.make_rounds(labelled(["train", "test", "test"], [0, 1, 0]))
     with pytest.raises(data.InputError, match="dev, test, train"):
         probe.make_rounds(labelled(["train", "dev", "test"], [0, 1, 0]))
     with pytest.raises(data.InputError, match="nothing to tell apart"):

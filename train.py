@@ -119,7 +119,8 @@ class Trainer:
     def gradients(self, waveforms, step):
         """The first half of a training step, for waveforms (B, S); between the halves a bad loss can still stop the run.
 
-        Returns, on the device, still unread: loss (), predictions and goals (B, M, K, D), targets (B, M, K).
+        Returns, on the device, still unread: loss () and norm of its gradient (), predictions and goals (B, M, K, D),
+        targets (B, M, K).
         """
         context, targets = map(self.to_device, make_masks(self.config.mask, len(waveforms), self.config.seed, step))
         with torch.autocast(self.device.type, DTYPES[self.config.amp], enabled=self.config.amp != "off"):
@@ -128,7 +129,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        return loss.detach(), predictions.detach(), goals, targets
+        return loss.detach(), self.gradient_norm(), predictions.detach(), goals, targets
 
     def update(self, step):
         """The second half: the optimiser moves the encoder and the predictor, then the target follows the encoder."""
@@ -139,8 +140,8 @@ class Trainer:
         self.model.update_target(momentum(step, self.config))
 
     def gradient_norm(self):
-        """The norm of the last step's gradient, as a number: waits for the device."""
-        return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None).item()
+        """The norm of the last gradient ()."""
+        return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
 
 
 def spread(vectors, targets):
@@ -218,17 +219,17 @@ class FailedReads:
         failed, reads = sum(self.recent), sum(self.recent) + len(self.recent) * self.batch_size
         if batch.waveforms is None or reads >= 1000 and failed > MAX_FAILED * reads:
             raise InputError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
-                            "mounted? The last checkpoint is good; --resume goes on from it")
+                            "mounted? The last checkpoint, if any, is good; --resume goes on from it")
 
 
-def train(config, resume=None):
-    """Run the training that `config` describes, from the start or from a loaded checkpoint `resume`.
+def train(config, checkpoint=None):
+    """Run the training that `config` describes, from the start or from where a loaded checkpoint ends.
 
     Returns the number of the signal that ended it early, or None. Raises InputError.
     """
     batches, trainer = make_batches(config), Trainer(config)
     n_clips, mel = len(batches.source), trainer.mel
-    first, rows, unusable = (resume["step"], resume["log"], resume["unusable"]) if resume else (0, [], 0)
+    first, rows, unusable = (checkpoint[key] for key in ("step", "log", "unusable")) if checkpoint else (0, [], 0)
     failed = FailedReads(unusable, config.batch_size, config.data)
 
     def save(step):
@@ -236,11 +237,11 @@ def train(config, resume=None):
                          "unusable": failed.total, "n_clips": n_clips,
                          **{name: part.state_dict() for name, part in trainer.parts.items()}}, config.out)
 
-    if resume:
-        if resume["n_clips"] != n_clips:
-            raise InputError(f"--data {config.data}: {n_clips} clips now, {resume['n_clips']} when the run began")
+    if checkpoint:
+        if checkpoint["n_clips"] != n_clips:
+            raise InputError(f"--data {config.data}: {n_clips} clips now, {checkpoint['n_clips']} when the run began")
         for name, part in trainer.parts.items():
-            restore(part, resume, name)
+            restore(part, checkpoint, name)
     else:
         mel.fit(batches)
         save(0)                                                                    # a full disk shows now, not tonight
@@ -256,33 +257,30 @@ def train(config, resume=None):
     signal.signal(signal.SIGTERM, stop)
 
     losses, warned = [], False                                                     # losses: those not looked at yet
-    asked = since = time.perf_counter()
-    waited = counted = 0                                                           # since the last line: seconds, clips
+    wait_start = line_start = time.perf_counter()
+    seconds_waited = clips_done = 0                                                # since the last log line
     steps = range(first, config.steps)
     for step, batch in zip(steps, make_loader(batches, steps, config.workers, trainer.device)):
-        waited += time.perf_counter() - asked
+        seconds_waited += time.perf_counter() - wait_start
         failed.add(batch)
-        loss, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
-        losses.append(loss)
-        done, counted = step + 1, counted + config.batch_size
+        loss, norm, predictions, goals, targets = trainer.gradients(batch.waveforms, step)
+        losses.append(loss if config.amp == "fp16" else loss + 0 * norm)           # NaN if either is bad; fp16 skips bad steps
+        done, clips_done = step + 1, clips_done + config.batch_size
         stopping = bool(stopped)                                                   # a later signal waits for the next step
         logs = done % config.log_every == 0 or done == config.steps
         saves = done % config.save_every == 0 or done == config.steps or stopping
         if logs or saves or trainer.device.type == "cpu":                          # a GPU would have to wait for each look
-            gradient_norm = trainer.gradient_norm()
-            if config.amp != "fp16":                                               # whose scaler skips a bad gradient
-                losses[-1] = loss + 0 * gradient_norm                              # not finite if either is not
             check_finite(losses, step, batches)
             losses.clear()
         trainer.update(step)
 
         if logs:
-            passed = time.perf_counter() - since
+            passed = time.perf_counter() - line_start
             row = {"step": done, "loss": loss.item(), "lr": learning_rate(step, config), "momentum": momentum(step, config),
                    "goal_spread": spread(goals, targets), "prediction_spread": spread(predictions, targets),
-                   "gradient_norm": gradient_norm, "unusable": failed.total,
-                   "clips_per_second": counted / passed, "waiting": waited / passed,
-                   "seconds_left": (config.steps - done) * config.batch_size * passed / counted}
+                   "gradient_norm": norm.item(), "unusable": failed.total,
+                   "clips_per_second": clips_done / passed, "waiting": seconds_waited / passed,
+                   "seconds_left": (config.steps - done) * config.batch_size * passed / clips_done}
             rows.append(row)
             write_log(rows, log_path(config.out))
             print("step {step}/{0}  loss {loss:.4f}  lr {lr:.1e}  momentum {momentum:.4f}  goal spread {goal_spread:.2f}  "
@@ -293,12 +291,12 @@ def train(config, resume=None):
                 warned = True
                 print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
                       "lower --lr or a larger --batch-size, and listen whether the clips are all alike", flush=True)
-            since, waited, counted = time.perf_counter(), 0, 0
+            line_start, seconds_waited, clips_done = time.perf_counter(), 0, 0
         if saves:
             save(done)
         if stopping:
             break
-        asked = time.perf_counter()
+        wait_start = time.perf_counter()
     print(f"saved {config.out} at step {done}", flush=True)
     return stopped[0] if stopped and done < config.steps else None
 
@@ -314,7 +312,7 @@ def step_flop(config):
 
 
 def laps(items, work, device):
-    """Seconds [(waiting for item i, that and work(i, item))] of all but the first two, which fill queues and compile."""
+    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)], without the first two (warm-up)."""
     times, start = [], time.perf_counter()
     for i, item in enumerate(items):
         waited = time.perf_counter() - start
@@ -409,7 +407,7 @@ def resolve(config):
         need(getattr(config, name) in choices, name, f"choose one of {', '.join(choices)}")
     for name, low, high in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("save_every", 1, 10 ** 9),
                             ("log_every", 1, 10 ** 9), ("workers", -1, 1000), ("seed", 0, 2 ** 32 - 1), ("lr", 0, 1),
-                            ("seconds", 0.25, 60)):                                # in less a column of patches has no spectrum
+                            ("seconds", 0.25, 60)):                                # below, the windows of the spectrum are 2 ms
         need(low <= getattr(config, name) <= high, name, f"must lie between {low} and {high}")
     folder = os.path.dirname(config.out) or "."
     need(os.path.isdir(folder) and os.access(folder, os.W_OK), "out", f"{folder} is no folder to write to")
@@ -420,7 +418,7 @@ def resolve(config):
     if on_cuda:
         amps = ["bf16"] * torch.cuda.is_bf16_supported(including_emulation=False) + ["fp16", "off"]
     need(config.amp in ("auto", *amps), "amp", f"on {device} choose auto or one of {', '.join(amps)}")
-    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]["width"]
+    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]
     return dataclasses.replace(
         config, device=device, lr=config.lr or lr, amp=amps[0] if config.amp == "auto" else config.amp,
         compile=on_cuda if config.compile is None else config.compile,
