@@ -227,7 +227,7 @@ class Embedder(nn.Module):
     def forward(self, waveform, sample_rate):
         """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound. Raises ValueError.
 
-        Long audio goes through in windows of the training length, 64 at a time; windows know nothing of one another.
+        Long audio goes through in windows of the training length, 32 at a time; windows know nothing of one another.
         """
         device = self.mel.mean.device
         waveform = torch.atleast_2d(torch.as_tensor(waveform)).cpu()
@@ -236,7 +236,7 @@ class Embedder(nn.Module):
         waveform = resampler(sample_rate)(waveform.float())
         window = COLUMNS * self.column_samples                                     # the training length
         padded = F.pad(waveform, (0, -waveform.shape[1] % window))
-        batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(64)
+        batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(32)
         tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", b=len(waveform), row=ROWS)
         return columns[:, :math.ceil(waveform.shape[1] / self.column_samples)]

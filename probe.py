@@ -203,7 +203,7 @@ def make_rounds(data):
 
 # ---- features -----------------------------------------------------------------------------------------------------------
 
-def compute_features(data, encoders, mel, workers, pool):
+def compute_features(data, encoders, mel, workers, pool="time", amp="off"):
     """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D' or D)}, and which clips could be read.
 
     A clip's feature is the mean of its embeddings over the columns that hold sound; for the log-mel baseline mean and
@@ -221,7 +221,8 @@ def compute_features(data, encoders, mel, workers, pool):
             frames = frames[:, :math.ceil(len(clip) / mel.hop)]                    # (F, frames that hold sound)
             features["log-mel"].append(torch.cat([frames.mean(1), frames.std(1, correction=0)]))
         for name, encoder in encoders.items():
-            embeddings = encoder(waveforms, SAMPLE_RATE).cpu()                     # (B, T', D')
+            with torch.autocast(encoder.mel.mean.device.type, DTYPES[amp], enabled=amp != "off"):
+                embeddings = encoder(waveforms, SAMPLE_RATE).cpu()                 # (B, T', D')
             if pool == "mean":
                 embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
             for clip, columns in zip(clips, embeddings):
@@ -363,8 +364,7 @@ def run_probe(args):
 
     folder = args.data or config["data"]
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))
-    with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
-        features, readable = compute_features(data, encoders, mel, args.workers, args.pool)
+    features, readable = compute_features(data, encoders, mel, args.workers, args.pool, args.amp)
     data = data.subset(readable)
     data.indices = list(range(len(data)))                                          # from here on rows of `features`
     data = drop_rare(data)

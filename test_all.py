@@ -1007,13 +1007,23 @@ def test_padding_does_not_enter_the_features(trained, tmp_path):
     encoder = model.load_encoder(trained / "ckpt.pt")
     source = data.AudioFiles(tmp_path)
     pair = probe.Labelled(source, [0, 1], torch.eye(2), [None, None])
-    together, _ = probe.compute_features(pair, {"trained": encoder}, encoder.mel, 0, "time")
+    together, _ = probe.compute_features(pair, {"trained": encoder}, encoder.mel, 0)
     for i in range(2):
         alone = encoder(source.crop(i, 0.0, None), 32_000)[0].mean(0)
         assert torch.allclose(together["trained"][i], alone, atol=1e-4)
         frames = encoder.mel.log_mel(source.crop(i, 0.0, None)[None])[0]
         frames = ((frames - encoder.mel.mean) / encoder.mel.deviation)[:, :math.ceil(len(source.crop(i, 0.0, None)) / 80)]
         assert torch.allclose(together["log-mel"][i], torch.cat([frames.mean(1), frames.std(1, correction=0)]), atol=2e-3)
+
+
+def test_mixed_precision_touches_the_encoder_alone(trained, tmp_path):
+    for i in range(2):                                                             # resampled by a worker: in bf16 it would hiss
+        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).uniform(-0.5, 0.5, 40_000), 44_100)
+    encoder = model.load_encoder(trained / "ckpt.pt")
+    pair = probe.Labelled(data.AudioFiles(tmp_path), [0, 1], torch.eye(2), [None, None])
+    off, bf16 = (probe.compute_features(pair, {"trained": encoder}, encoder.mel, 1, amp=amp)[0] for amp in ("off", "bf16"))
+    assert torch.equal(off["log-mel"], bf16["log-mel"])
+    assert 0 < (off["trained"] - bf16["trained"]).abs().max() < 0.5
 
 
 def test_the_probe_command_prints_three_rows(trained, recordings, tmp_path):

@@ -312,7 +312,7 @@ def step_flop(config):
 
 
 def laps(items, work, device):
-    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)], without the first two (warm-up)."""
+    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)], less the first two (warm-up)."""
     times, start = [], time.perf_counter()
     for i, item in enumerate(items):
         waited = time.perf_counter() - start
