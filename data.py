@@ -202,7 +202,9 @@ class Batch(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed, epoch, n_clips):
     """All clips in the random order of one epoch, (n_clips,)."""
-    return np.random.default_rng([seed, epoch]).permutation(np.arange(n_clips, dtype=np.int32))
+    order = np.arange(n_clips, dtype=np.int32)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 class Batches(torch.utils.data.Dataset):
