@@ -157,8 +157,8 @@ class AudioJEPA(nn.Module):
 
         Normalised, as in I-JEPA's code, without a learned scale, which could shrink the goals and the loss with them.
         """
-        latents = self.target(patches).float()
-        return F.layer_norm(latents, latents.shape[-1:])
+        outputs = self.target(patches).float()
+        return F.layer_norm(outputs, outputs.shape[-1:])
 
     def forward(self, patches, context, targets):
         """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D).
