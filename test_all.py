@@ -589,7 +589,7 @@ def test_a_second_ctrl_c_ends_at_once(recordings, tmp_path):
 def test_killed_at_any_moment_it_resumes_as_if_nothing_had_been(recordings, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    command = ["train.py", "--data", recordings, *SHORT, "--steps", 16, "--save-every", 1]
+    command = ["train.py", "--data", recordings, *SHORT, "--steps", 8, "--save-every", 1]
     assert run(command, tmp_path / "whole").returncode == 0
     process, rng = start(command, tmp_path / "killed"), np.random.default_rng(0)
     for _ in range(2):
