@@ -203,7 +203,7 @@ class Batch(NamedTuple):
 def epoch_order(seed, epoch, n_clips):
     """All clips in the random order of one epoch, (n_clips,)."""
     order = np.arange(n_clips, dtype=np.int32)
-    np.random.default_rng([seed, epoch]).shuffle(order)
+    np.random.default_rng([seed, epoch]).shuffle(order)                            # in place: every worker holds one of these
     return order
 
 
