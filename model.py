@@ -22,7 +22,7 @@ from data import N_MELS, SAMPLE_RATE, InputError, LogMel, resampler
 from masking import COLUMNS, ROWS
 
 PATCH = N_MELS // ROWS                # 16 bands x 16 frames
-SIZES = {"tiny": 192, "small": 384, "base": 768}     # D; every encoder has 12 layers, and a head for each 64 of its width
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}     # D of each size; all have 12 layers, and a head for each 64 of D
 
 
 def patchify(spectrograms):
@@ -105,12 +105,13 @@ class Predictor(nn.Module):
     of the others. Narrow, for a predictor as strong as the encoder could do the encoder's work.
     """
 
-    def __init__(self, encoder_width, width, depth, heads):
+    def __init__(self, encoder_width):
         super().__init__()
+        width, heads = encoder_width // 2, encoder_width // 64                     # P; as many heads as the encoder
         self.embed = nn.Linear(encoder_width, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(6)))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, encoder_width)
         init_weights(self)
@@ -146,9 +147,7 @@ class AudioJEPA(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        width = SIZES[size]
-        self.encoder = Encoder(width)
-        self.predictor = Predictor(width, width // 2, depth=6, heads=width // 64)
+        self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     @torch.no_grad()                                                               # stop-gradient: goals are given, not learned
@@ -212,9 +211,9 @@ class Embedder(nn.Module):
 
     def __init__(self, size, seconds):
         super().__init__()
-        self.mel, self.encoder = LogMel(seconds), Encoder(SIZES[size])
+        self.mel, self.encoder = LogMel(seconds), Encoder(WIDTHS[size])
         self.column_samples = PATCH * self.mel.hop
-        self.output_dim, self.hop_seconds = ROWS * SIZES[size], self.column_samples / SAMPLE_RATE
+        self.output_dim, self.hop_seconds = ROWS * WIDTHS[size], self.column_samples / SAMPLE_RATE
 
     def stop_after(self, layer):
         """From now on give the output of this layer, counted from 1, before the last norm. Raises InputError."""

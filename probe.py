@@ -366,11 +366,11 @@ def run_probe(args):
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))
     features, readable = compute_features(data, encoders, mel, args.workers, args.pool, args.amp)
     data = data.subset(readable)
-    data.indices = list(range(len(data)))                                          # from here on rows of `features`
-    data = drop_rare(data)
-    rounds = make_rounds(data)
+    row = {index: i for i, index in enumerate(data.indices)}                       # of a clip in `features`
+    data = drop_rare(data)                                                         # unreadable clips can make a class rare
+    rounds, rows = make_rounds(data), [row[index] for index in data.indices]
     print(f"{len(data):,} clips, {data.labels.shape[1]} classes, {len(rounds)} round(s) of training and testing")
-    results = {name: evaluate(values[data.indices], data, rounds) for name, values in features.items()}
+    results = {name: evaluate(values[rows], data, rounds) for name, values in features.items()}
     print_table(results)
     if args.json:
         with open(args.json, "w") as file:

@@ -265,7 +265,7 @@ def test_attention_against_a_slow_loop():
 @pytest.mark.parametrize("size, millions", [("tiny", 5.4), ("small", 21.4), ("base", 85.3)])
 def test_sizes_and_initialisation(size, millions):
     torch.manual_seed(0)
-    encoder = model.Encoder(model.SIZES[size])
+    encoder = model.Encoder(model.WIDTHS[size])
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == millions
     linears = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert all(not m.bias.any() for m in linears)
@@ -990,6 +990,23 @@ def test_the_encoder_in_one_call(trained):
     tokens = encoder.encoder(model.patchify(encoder.mel(long[:, :20_480])))
     for row, column in ((0, 0), (5, 9)):
         assert torch.allclose(embeddings[0, column, row * 192:(row + 1) * 192], tokens[0, row * 16 + column], atol=1e-4)
+
+
+def test_other_views_of_the_encoder(trained, tmp_path):
+    """--encoder, --layer and --pool against the parts of the checkpoint that they name."""
+    plain, waveform = model.Encoder(192), torch.randn(1, 20_480)
+    plain.load_state_dict(torch.load(trained / "ckpt.pt", weights_only=True)["encoder"])
+    view = model.load_encoder(trained / "ckpt.pt", "context", layer=3)
+    x = plain.embed(model.patchify(view.mel(waveform))) + plain.positions
+    for layer in plain.layers[:3]:
+        x = layer(x)
+    assert torch.allclose(view(waveform, 32_000)[0, 9].view(8, 192), x[0].view(8, 16, 192)[:, 9], atol=1e-4)
+    with pytest.raises(data.InputError, match="no layer 13"):
+        model.load_encoder(trained / "ckpt.pt", layer=13)
+    save_tone(tmp_path / "a.wav")
+    one = probe.Labelled(data.AudioFiles(tmp_path), [0], torch.eye(1), [None])
+    time, mean = (probe.compute_features(one, {"view": view}, view.mel, 0, pool)[0]["view"] for pool in ("time", "mean"))
+    assert mean.shape == (1, 192) and torch.allclose(mean, sum(time.split(192, dim=1)) / 8, atol=1e-5)
 
 
 def test_the_encoder_as_x_ares_wants_it(trained, monkeypatch):

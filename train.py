@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, InputError, LogMel, hop_samples, make_loader
 from masking import MASKS, N_PATCHES, make_masks
-from model import PATCH, SIZES, AudioJEPA, load_checkpoint, patchify, restore
+from model import PATCH, WIDTHS, AudioJEPA, load_checkpoint, patchify, restore
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -403,7 +403,7 @@ def resolve(config):
     def need(ok, name, message):
         if not ok:
             raise InputError(f"{flag(name)} {getattr(config, name)}: {message}")
-    for name, choices in (("model", SIZES), ("mask", MASKS)):
+    for name, choices in (("model", WIDTHS), ("mask", MASKS)):
         need(getattr(config, name) in choices, name, f"choose one of {', '.join(choices)}")
     for name, low, high in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("save_every", 1, 10 ** 9),
                             ("log_every", 1, 10 ** 9), ("workers", -1, 1000), ("seed", 0, 2 ** 32 - 1), ("lr", 0, 1),
@@ -418,7 +418,7 @@ def resolve(config):
     if on_cuda:
         amps = ["bf16"] * torch.cuda.is_bf16_supported(including_emulation=False) + ["fp16", "off"]
     need(config.amp in ("auto", *amps), "amp", f"on {device} choose auto or one of {', '.join(amps)}")
-    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / SIZES[config.model]
+    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / WIDTHS[config.model]
     return dataclasses.replace(
         config, device=device, lr=config.lr or lr, amp=amps[0] if config.amp == "auto" else config.amp,
         compile=on_cuda if config.compile is None else config.compile,
