@@ -289,7 +289,7 @@ class LogMel(nn.Module):
             return (torch.cat(parts) + MEL_FLOOR).log()                            # four times as fast
 
     def forward(self, waveforms):
-        frames = math.ceil(waveforms.shape[1] / self.hop)                          # log_mel gives one more
+        frames = math.ceil(waveforms.shape[1] / self.hop)                          # not the one that starts where the clip ends
         return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
 
     def fit(self, batches, n_clips=256):

@@ -11,36 +11,36 @@ import torch
 ROWS, COLUMNS = 8, 16                 # the patch grid of one clip: frequency x time
 N_PATCHES = ROWS * COLUMNS
 N_BLOCKS = 4                          # M, target blocks a clip
-BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: all of 24 patches (15 to 20 % of the grid) that are 0.75 to 1.5 times as
-                                      # large a share of the time axis as of the frequency axis
+BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: all of 24 patches (19 % of the grid; I-JEPA draws 15 to 20 %) that are
+                                      # 0.75 to 1.5 times as large a share of the time axis as of the frequency axis
 HIDDEN = 0.6                          # share of the patches that random masks hide
 
 
 def block_masks(n_clips, generator):
     """Multi-block masks: four blocks to predict, each on its own, and a context outside all of them.
 
-    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Blocks may overlap one another;
-    even four that do not leave 32 patches, so the context is always 32 patches, drawn evenly from those left over.
+    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Blocks may overlap. Four that do
+    not still leave 32 of the 128 patches, so the context is always 32, drawn evenly from all that are left.
     I-JEPA draws a new area at every step. One area in several shapes keeps the variety, and every tensor its shape, so
     nothing recompiles.
 
     Returns: context (B, C), targets (B, M, K), int64 patch indices.
     """
     shapes = torch.tensor(BLOCK_SHAPES)                                             # (n_shapes, 2)
-    inside = torch.stack([                                                          # (n_shapes, K): one block's patches
+    offsets = torch.stack([                                                         # (n_shapes, K): patches from its corner on
         (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in BLOCK_SHAPES])
 
     uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
     which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
     free_rows, free_columns = ROWS - shapes[which, 0], COLUMNS - shapes[which, 1]
-    top = (uniform[1] * (free_rows + 1)).long()                                     # + 1: I-JEPA's code never takes the last
-    left = (uniform[2] * (free_columns + 1)).long()
-    targets = (top * COLUMNS + left)[..., None] + inside[which]                     # (B, M, K)
+    row = (uniform[1] * (free_rows + 1)).long()                                     # I-JEPA's code lacks the + 1, so the last row
+    column = (uniform[2] * (free_columns + 1)).long()                               # and column are never a target there
+    targets = (row * COLUMNS + column)[..., None] + offsets[which]                  # (B, M, K)
 
     # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.
     keys = torch.rand(n_clips, N_PATCHES, generator=generator).scatter_(1, targets.flatten(1), 2.0)
-    context = keys.topk(N_PATCHES - N_BLOCKS * inside.shape[1], largest=False).indices                # (B, C)
-    return context, targets
+    n_context = N_PATCHES - N_BLOCKS * offsets.shape[1]                             # C = 32
+    return keys.topk(n_context, largest=False).indices, targets
 
 
 def random_masks(n_clips, generator):
@@ -60,7 +60,7 @@ MASKS = {"block": block_masks, "random": random_masks}
 
 
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). kind: one of MASKS."""
+    """The masks of one step, a pure function of (seed, step): context (B, C), targets (B, M, K). kind: one of MASKS."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return MASKS[kind](n_clips, generator)
 
@@ -72,7 +72,7 @@ def draw(context, targets):
         cells[patch] = "#"
     for block, patches in enumerate(targets.tolist(), start=1):
         for patch in patches:
-            cells[patch] = str(block)
+            cells[patch] = str(block % 10)
     rows = [" ".join(cells[r * COLUMNS:(r + 1) * COLUMNS]) for r in range(ROWS)]
     return "\n".join(reversed(rows))
 

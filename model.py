@@ -31,7 +31,7 @@ def patchify(spectrograms):
 
 
 def take(tokens, indices):
-    """Pick from the tokens (B, N, D) of each clip those at its indices (B, ...) -> (B, ..., D)."""
+    """Pick from the tokens (B, N, any width) of each clip those at its indices (B, ...) -> (B, ..., that width)."""
     flat = repeat(indices.flatten(1), "b n -> b n d", d=tokens.shape[-1])
     return tokens.gather(1, flat).unflatten(1, indices.shape[1:])
 
@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, n, D / heads)
         x = x + self.project(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 
@@ -76,7 +76,7 @@ def init_weights(model):
 
 
 class Encoder(nn.Module):
-    """ViT over patches (B, N, E), or only those at `visible` (B, C) -> latents (B, N or C, D).
+    """ViT over patches (B, N, E), or only those of the context (B, C) -> latents (B, N or C, D).
 
     Hidden patches are dropped, not zeroed: they cost nothing, and the encoder never meets a placeholder that no clip holds.
     """
@@ -89,11 +89,11 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
-    def forward(self, patches, visible=None):
-        if visible is None:
+    def forward(self, patches, context=None):
+        if context is None:
             x = self.embed(patches) + self.positions                               # (B, N, D)
         else:
-            x = self.embed(take(patches, visible)) + self.positions[visible]       # (B, C, D)
+            x = self.embed(take(patches, context)) + self.positions[context]       # (B, C, D)
         return self.norm(self.layers(x))
 
 
@@ -102,7 +102,7 @@ class Predictor(nn.Module):
 
     A hidden patch enters as one learned token plus its position. Without a predictor, the latents of the visible patches
     would themselves have to equal those of the hidden ones, easiest if all were alike. Each block is predicted without sight
-    of the others. Narrow, for a predictor as strong as the encoder could do the encoder's work.
+    of the others. Half as wide and as deep as the encoder, as for the paper's base: a stronger one could do its work.
     """
 
     def __init__(self, encoder_width):
@@ -110,7 +110,7 @@ class Predictor(nn.Module):
         width, heads = encoder_width // 2, encoder_width // 64                     # P; as many heads as the encoder
         self.embed = nn.Linear(encoder_width, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))    # small: the place counts
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(6)))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, encoder_width)
@@ -120,13 +120,16 @@ class Predictor(nn.Module):
         M, K = targets.shape[1:]
         known = self.embed(latents) + self.positions[context]                      # (B, C, P)
         asked = self.mask_token + self.positions[targets]                          # (B, M, K, P)
-        x = torch.cat([repeat(known, "b c p -> (b m) c p", m=M), rearrange(asked, "b m k p -> (b m) k p")], dim=1)
+        known, asked = repeat(known, "b c p -> (b m) c p", m=M), rearrange(asked, "b m k p -> (b m) k p")
+        x = torch.cat([known, asked], dim=1)                                       # (B M, C + K, P): each block by itself
         guesses = self.norm(self.layers(x)[:, -K:])                                # (B M, K, P)
         return rearrange(self.project(guesses), "(b m) k d -> b m k d", m=M)
 
 
 def redundancy(latents):
     """How far the features of latents (B, C, D) fall short of a deviation of 1, and how much they repeat one another.
+
+        redundancy = mean over features of max(0, 1 - deviation) + 0.1 / D * sum of the squared covariances of all pairs
 
     Constant features are the easiest to predict (collapse): the first term, too_small, penalises them. The next easiest tell
     the place but not the sound: the second, repeated, limits them, for place alone has at most N - 1 uncorrelated features.
@@ -137,8 +140,8 @@ def redundancy(latents):
         tokens = tokens - tokens.mean(0)
         covariance = tokens.T @ tokens / len(tokens)                               # (D, D)
         variance = covariance.diagonal()
-        too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()
-        repeated = (covariance.square().sum() - variance.square().sum()) / len(variance)
+        too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()                    # 1e-4: a root is infinitely steep at 0
+        repeated = (covariance.square().sum() - variance.square().sum()) / len(variance)             # less each with itself
         return too_small + 0.1 * repeated
 
 
@@ -148,13 +151,14 @@ class AudioJEPA(nn.Module):
     def __init__(self, size):
         super().__init__()
         self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # the EMA alone moves it, never the loss
 
-    @torch.no_grad()                                                               # stop-gradient: goals are given, not learned
-    def goals(self, patches):
-        """What the predictor should find anywhere: the latents of a target that sees all patches (B, N, E) -> (B, N, D).
+    @torch.no_grad()                                                               # stop-gradient: no loss may ask for easier goals
+    def all_goals(self, patches):
+        """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        Normalised, as in I-JEPA's code, without a learned scale, which could shrink the goals and the loss with them.
+        Normalised over the features, as in I-JEPA's code. The target's own last norm has a learned scale, by which the goals
+        could shrink and the loss with them; this one has none.
         """
         outputs = self.target(patches).float()
         return F.layer_norm(outputs, outputs.shape[-1:])
@@ -166,7 +170,7 @@ class AudioJEPA(nn.Module):
         """
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)
-        goals = take(self.goals(patches), targets)                                 # (B, M, K, D)
+        goals = take(self.all_goals(patches), targets)                             # (B, M, K, D)
         loss = F.smooth_l1_loss(predictions, goals) + redundancy(latents)
         return loss, predictions, goals
 
@@ -174,7 +178,7 @@ class AudioJEPA(nn.Module):
     def update_target(self, momentum):
         """target = momentum * target + (1 - momentum) * encoder: an exponential moving average (BYOL, 3.1).
 
-        A slow target asks the same question for many steps, and averages out what the encoder only tries.
+        So slow that the two cannot agree on a trivial answer, while it averages out what the encoder only tries.
         """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 

@@ -64,6 +64,14 @@ FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "
 
 # ---- schedules: pure functions of the step, so a resumed run cannot drift -----------------------------------------------
 
+def peak_learning_rate(config):
+    """The paper's 3e-4 for base at batch 256; more for larger batches (less noise) and for narrower encoders.
+
+    By the root of the batch, as suits Adam (arXiv 2205.10287), and the inverse of the width (arXiv 2203.03466).
+    """
+    return 3e-4 * math.sqrt(config.batch_size / 256) * 768 / WIDTHS[config.model]
+
+
 def learning_rate(step, config):
     """Linear warm-up over a twentieth of the run, then half a cosine down to 0.
 
@@ -117,7 +125,8 @@ class Trainer:
         return (tensor.pin_memory() if on_cuda and not tensor.is_cuda else tensor).to(self.device, non_blocking=on_cuda)
 
     def gradients(self, waveforms, step):
-        """The first half of a training step, for waveforms (B, S); between the halves a bad loss can still stop the run.
+        """The first half of a training step, for waveforms (B, S): masks, patches, loss, gradients. `update` is the second;
+        between them a bad loss can still stop the run.
 
         Returns, on the device, still unread: loss () and norm of its gradient (), predictions and goals (B, M, K, D),
         targets (B, M, K).
@@ -140,7 +149,7 @@ class Trainer:
         self.model.update_target(momentum(step, self.config))
 
     def gradient_norm(self):
-        """The norm of the last gradient ()."""
+        """The norm of the last gradient (), for the log: nothing is clipped."""
         return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
 
 
@@ -148,7 +157,8 @@ def spread(vectors, targets):
     """How much vectors (B, M, K, D) differ between clips where they belong to the same patch: their deviation, averaged.
 
     The collapse meter: goals have unit variance over their features, so 1 says "all of it tells clips apart", 0 "all
-    clips alike". Small batches read low: at a patch that one clip alone has in two blocks there is nothing to differ.
+    clips alike". Predictions vary with the mask, too. Small batches read low: at a patch that one clip alone has in two
+    blocks there is nothing to differ.
     """
     where = torch.nn.functional.one_hot(targets.flatten(), N_PATCHES).float()      # (B M K, N)
     vectors, count = vectors.float().flatten(0, 2), where.sum(0)[:, None]          # (B M K, D), (N, 1)
@@ -418,9 +428,8 @@ def resolve(config):
     if on_cuda:
         amps = ["bf16"] * torch.cuda.is_bf16_supported(including_emulation=False) + ["fp16", "off"]
     need(config.amp in ("auto", *amps), "amp", f"on {device} choose auto or one of {', '.join(amps)}")
-    lr = 3e-4 * math.sqrt(config.batch_size / 256) * 768 / WIDTHS[config.model]
     return dataclasses.replace(
-        config, device=device, lr=config.lr or lr, amp=amps[0] if config.amp == "auto" else config.amp,
+        config, device=device, lr=config.lr or peak_learning_rate(config), amp=amps[0] if config.amp == "auto" else config.amp,
         compile=on_cuda if config.compile is None else config.compile,
         workers=config.workers if config.workers >= 0 else max(1, min(16, (os.cpu_count() or 1) - 1)))
 
