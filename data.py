@@ -84,9 +84,16 @@ class AudioFiles:
     def __init__(self, root):
         top, paths = os.fsencode(root), []
         if os.path.isdir(top):
+            seen = set()
             for folder, subfolders, names in os.walk(top, followlinks=True):
                 subfolders.sort()                                                  # one order on every machine
-                paths += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
+                place = os.path.realpath(folder)
+                if place in seen:                                                  # a link back to where we were
+                    subfolders.clear()
+                    continue
+                seen.add(place)
+                paths += [os.path.join(folder, name) for name in sorted(names)
+                          if name.lower().endswith(EXTENSIONS) and not name.startswith(b"._")]       # macOS's own notes
         elif os.path.isfile(top) and not top.lower().endswith(EXTENSIONS):
             with open(top, "rb") as file:
                 lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()     # with which Windows begins some lists
@@ -195,7 +202,7 @@ def colored_noise(n, rng):
 
 class Batch(NamedTuple):
     waveforms: torch.Tensor           # (B, S) float32 at 32 kHz, padded with zeros; None after 20 unusable files in a row
-    filled: torch.Tensor              # (B,) samples of each clip that are not padding
+    filled: torch.Tensor              # (B,) samples of each clip that are not padding; fewer clips if waveforms is None
     failures: list                    # (name, reason) of every file that could not be used
 
 
@@ -236,7 +243,7 @@ class Batches(torch.utils.data.Dataset):
                     failures.append((self.source.name(index), str(error)))
                     index = int(rng.integers(len(self.source)))
             else:
-                return Batch(None, None, failures)
+                return Batch(None, filled[:i], failures)
             waveforms[i, :len(clip)] = clip
             filled[i] = len(clip)
         return Batch(waveforms, filled, failures)
@@ -285,17 +292,17 @@ class LogMel(nn.Module):
     def log_mel(self, waveforms):
         """Waveforms (B, S) of any length -> log-mel, not yet normalised, one frame around every hop (B, F, S // hop + 1)."""
         with torch.autocast(waveforms.device.type, enabled=False):                 # a logarithm needs float32
-            parts = [self.spectrogram(part) for part in waveforms.split(8)]        # 8 clips at a time fit the CPU's cache:
-            return (torch.cat(parts) + MEL_FLOOR).log()                            # four times as fast
+            parts = [self.spectrogram(part) for part in waveforms.split(8)]        # 8 short clips fit the CPU's cache:
+            return (torch.cat(parts) + MEL_FLOOR).log()                            # twice as fast
 
     def forward(self, waveforms):
         frames = math.ceil(waveforms.shape[1] / self.hop)                          # not the one that starts where the clip ends
         return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
 
-    def fit(self, batches, n_clips=256):
-        """Set `mean` and `deviation` from the first clips of the training order, over the frames that hold sound."""
+    def fit(self, batches):
+        """Set `mean` and `deviation` from the first 256 clips of the training order, over the frames that hold sound."""
         frames, device = [], self.mean.device
-        for step in range(math.ceil(n_clips / batches.batch_size)):
+        for step in range(math.ceil(256 / batches.batch_size)):
             batch = batches[step]
             if batch.waveforms is None:
                 raise InputError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))

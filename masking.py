@@ -1,6 +1,6 @@
 """Chapter 2, masking: which patches the encoder sees and which the predictor must guess.
 
-In: how many clips, and a seeded generator. Out: the indices of the visible patches (`context`) and of the hidden ones
+In: the kind of mask, how many clips, seed and step. Out: the indices of the visible patches (`context`) and of the hidden ones
 (`targets`), row by row on the grid of 8 frequency rows x 16 time columns. No patch is ever in both.
 Sources: multi-block masks, I-JEPA (arXiv 2301.08243), section 3; random masks, Audio-JEPA (arXiv 2507.02915), section 2.
 Run `python masking.py` to see one of each. The letters B, N, C, M, K of the shapes are explained in model.py.
@@ -33,8 +33,8 @@ def block_masks(n_clips, generator):
     uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
     which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
     free_rows, free_columns = ROWS - shapes[which, 0], COLUMNS - shapes[which, 1]
-    row = (uniform[1] * (free_rows + 1)).long()                                     # I-JEPA's code lacks the + 1, so the last row
-    column = (uniform[2] * (free_columns + 1)).long()                               # and column are never a target there
+    row = (uniform[1] * (free_rows + 1)).long()                                     # without + 1, as in I-JEPA's code, the last
+    column = (uniform[2] * (free_columns + 1)).long()                               # row and column are never a target
     targets = (row * COLUMNS + column)[..., None] + offsets[which]                  # (B, M, K)
 
     # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.
@@ -68,11 +68,9 @@ def make_masks(kind, n_clips, seed, step):
 def draw(context, targets):
     """One clip's masks as text, high frequencies on top: `#` visible, 1-4 hidden (the last block drawn), `.` neither."""
     cells = ["."] * N_PATCHES
-    for patch in context.tolist():
-        cells[patch] = "#"
-    for block, patches in enumerate(targets.tolist(), start=1):
-        for patch in patches:
-            cells[patch] = str(block % 10)
+    for symbol, patches in zip("#123456789", [context, *targets]):
+        for patch in patches.tolist():
+            cells[patch] = symbol
     rows = [" ".join(cells[r * COLUMNS:(r + 1) * COLUMNS]) for r in range(ROWS)]
     return "\n".join(reversed(rows))
 

@@ -153,7 +153,7 @@ class AudioJEPA(nn.Module):
         self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # the EMA alone moves it, never the loss
 
-    @torch.no_grad()                                                               # stop-gradient: no loss may ask for easier goals
+    @torch.no_grad()                                                               # stop-gradient: the loss asks no easier goals
     def all_goals(self, patches):
         """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
@@ -193,7 +193,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:                                                     # a damaged pickle can raise anything
         raise InputError(f"{path}: no checkpoint that can be read ({type(error).__name__})") from error
-    needed = {"config", "step", "log", "unusable", "n_clips", "encoder", "target", "predictor", "mel"}
+    needed = {"config", "step", "log", "unusable", "n_clips"}                      # `restore` misses the rest
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1" or not needed <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of train.py, or an incomplete one")
     return checkpoint
@@ -217,14 +217,8 @@ class Embedder(nn.Module):
         super().__init__()
         self.mel, self.encoder = LogMel(seconds), Encoder(WIDTHS[size])
         self.column_samples = PATCH * self.mel.hop
+        self.window_samples = COLUMNS * self.column_samples                        # the training length
         self.output_dim, self.hop_seconds = ROWS * WIDTHS[size], self.column_samples / SAMPLE_RATE
-
-    def stop_after(self, layer):
-        """From now on give the output of this layer, counted from 1, before the last norm. Raises InputError."""
-        if not 1 <= layer <= len(self.encoder.layers):
-            raise InputError(f"there is no layer {layer}; the encoder has {len(self.encoder.layers)}")
-        self.encoder.layers = self.encoder.layers[:layer]
-        self.encoder.norm = nn.Identity()
 
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
@@ -237,9 +231,8 @@ class Embedder(nn.Module):
         if waveform.shape[1] == 0 or not waveform.is_floating_point():
             raise ValueError("a waveform without samples, or of integers instead of floats from -1 to 1")
         waveform = resampler(sample_rate)(waveform.float())
-        window = COLUMNS * self.column_samples                                     # the training length
-        padded = F.pad(waveform, (0, -waveform.shape[1] % window))
-        batches = rearrange(padded, "b (window s) -> (b window) s", s=window).split(32)
+        padded = F.pad(waveform, (0, -waveform.shape[1] % self.window_samples))
+        batches = rearrange(padded, "b (window s) -> (b window) s", s=self.window_samples).split(32)
         tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", b=len(waveform), row=ROWS)
         return columns[:, :math.ceil(waveform.shape[1] / self.column_samples)]
@@ -248,13 +241,17 @@ class Embedder(nn.Module):
 def load_encoder(path, which="target", layer=None):
     """The trained encoder of a checkpoint as an Embedder, on the CPU; its `config` is that of the run. Raises InputError.
 
-    which: "target", the average that gave the goals, or "context", the encoder that was trained. layer: see stop_after.
+    which: "target", the average that gave the goals; "context", the encoder that was trained; or "untrained", fresh weights.
+    layer: the one to take the output of, counted from 1, before the last norm.
     """
     checkpoint = load_checkpoint(path)
-    encoder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
-    encoder.config = checkpoint["config"]
-    restore(encoder.encoder, checkpoint, {"target": "target", "context": "encoder"}[which])
-    restore(encoder.mel, checkpoint, "mel")
+    embedder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
+    embedder.config, vit = checkpoint["config"], embedder.encoder
+    restore(embedder.mel, checkpoint, "mel")
+    if which != "untrained":
+        restore(vit, checkpoint, {"target": "target", "context": "encoder"}[which])
     if layer is not None:
-        encoder.stop_after(layer)
-    return encoder.eval()
+        if not 1 <= layer <= len(vit.layers):
+            raise InputError(f"there is no layer {layer}; the encoder has {len(vit.layers)}")
+        vit.layers, vit.norm = vit.layers[:layer], nn.Identity()
+    return embedder.eval()

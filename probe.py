@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data import SAMPLE_RATE, AudioFiles, BuiltInSounds, InputError
 from masking import ROWS
-from model import Embedder, load_encoder
+from model import load_encoder
 from train import BUILT_IN_CLIPS, DTYPES, find_device
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)     # strengths of the linear probe's regularisation to choose from
@@ -48,7 +48,7 @@ class Labelled:
         return len(self.indices)
 
     def __getitem__(self, i):
-        """Clip i, whole: a waveform (S,), or None and a message if it cannot be read."""
+        """Clip i, whole: a waveform (S,), or None if it cannot be read, which is said."""
         try:
             return self.source.crop(self.indices[i], 0.0, None)
         except InputError as error:
@@ -112,6 +112,8 @@ def from_table(path, files):
             table[file] = ([row["category"]], split or row.get("fold") or None)
     if rows:
         print(f"{path}: {len(table)} of {len(rows)} rows name a file here")
+        if not table:
+            raise InputError(f"{path}: the names must be those of audio files in or below its folder, with their endings")
     return table
 
 
@@ -216,16 +218,17 @@ def compute_features(data, encoders, mel, workers, pool="time", amp="off"):
         clips = [clip for clip in batch if clip is not None]
         if not clips:
             continue
-        waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)       # (B, S)
-        for clip, frames in zip(clips, mel(waveforms)):
-            frames = frames[:, :math.ceil(len(clip) / mel.hop)]                    # (F, frames that hold sound)
+        for clip in clips:
+            frames = mel(clip[None])[0]                                            # (F, frames of the clip)
             features["log-mel"].append(torch.cat([frames.mean(1), frames.std(1, correction=0)]))
         for name, encoder in encoders.items():
+            # One behind the other, each padded to whole windows: so one long clip does not pad all the others to its length.
+            padded = [F.pad(clip, (0, -len(clip) % encoder.window_samples)) for clip in clips]
             with torch.autocast(encoder.mel.mean.device.type, DTYPES[amp], enabled=amp != "off"):
-                embeddings = encoder(waveforms, SAMPLE_RATE).cpu()                 # (B, T', D')
+                embeddings = encoder(torch.cat(padded), SAMPLE_RATE)[0].cpu()      # (columns of all clips, D')
             if pool == "mean":
-                embeddings = embeddings.unflatten(2, (ROWS, -1)).mean(2)
-            for clip, columns in zip(clips, embeddings):
+                embeddings = embeddings.unflatten(1, (ROWS, -1)).mean(1)
+            for clip, columns in zip(clips, embeddings.split([len(whole) // encoder.column_samples for whole in padded])):
                 features[name].append(columns[:math.ceil(len(clip) / encoder.column_samples)].mean(0))
         if time.monotonic() - told > 10:
             print(f"features of {len(readable):,} of {len(data):,} clips", flush=True)
@@ -352,15 +355,12 @@ def run_probe(args):
         raise InputError(f"--workers {args.workers}: must be at least 0")
     if args.json:
         open(args.json, "a").close()                                               # what cannot be written shows now, not last
-    trained = load_encoder(args.checkpoint, args.encoder, args.layer)
-    config, mel = trained.config, copy.deepcopy(trained.mel)                       # this one stays on the CPU
-    torch.manual_seed(0)
-    untrained = Embedder(config["model"], config["seconds"])
-    untrained.mel.load_state_dict(mel.state_dict())
-    if args.layer is not None:
-        untrained.stop_after(args.layer)
-    device = find_device(args.device)
-    encoders = {"untrained": untrained.eval().to(device), "trained": trained.to(device)}
+    torch.manual_seed(0)                                                           # the weights of the untrained one
+    encoders = {name: load_encoder(args.checkpoint, which, args.layer)
+                for name, which in (("untrained", "untrained"), ("trained", args.encoder))}
+    config, mel = encoders["trained"].config, copy.deepcopy(encoders["trained"].mel)         # this one stays on the CPU
+    for encoder in encoders.values():
+        encoder.to(find_device(args.device))
 
     folder = args.data or config["data"]
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))

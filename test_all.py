@@ -4,6 +4,7 @@ both commands run as a user would run them. No GPU, no network, no data set need
 import csv
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
@@ -94,9 +95,11 @@ def test_files_are_found_in_every_spelling_and_in_one_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     open(os.path.join(os.fsencode(tmp_path), b"bad\xff.wav"), "w").close()
+    (tmp_path / "b" / "._x.FLAC").touch()                                          # what macOS leaves beside x.FLAC
+    (tmp_path / "b" / "again").symlink_to(tmp_path)                                # round and round
     files = data.AudioFiles(tmp_path)
     found = {os.path.relpath(files.path(i), os.fsencode(tmp_path)) for i in range(len(files))}
-    assert found == {name.encode() for name in names} | {b"bad\xff.wav"}
+    assert found == {name.encode() for name in names} | {b"bad\xff.wav"} and len(files) == len(found)
     assert all(files.name(i).isprintable() for i in range(len(files)))
 
 
@@ -176,9 +179,9 @@ def test_a_tone_lands_in_the_band_of_its_frequency():
 def test_mean_and_deviation_normalise_the_sound_not_the_padding(recordings):
     batches = data.Batches(data.AudioFiles(recordings), 4, 20_480, seed=0)
     mel = data.LogMel(0.64)
-    mel.fit(batches, n_clips=12)
+    mel.fit(batches)                                                               # 256 clips: 64 batches
     values = [mel(batches[s].waveforms)[i, :, :math.ceil(batches[s].filled[i] / mel.hop)].flatten()
-              for s in range(3) for i in range(4)]
+              for s in range(64) for i in range(4)]
     values = torch.cat(values)
     assert abs(values.mean()) < 1e-4 and abs(values.std() - 1) < 1e-4
 
@@ -508,11 +511,23 @@ def test_an_error_of_any_kind_ends_the_workers_too(tmp_path):
     assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n"), done.stderr
 
 
+def test_a_worker_that_the_system_kills_is_told_in_one_line(recordings, tmp_path, monkeypatch, capsys):
+    update = train.Trainer.update
+    def killing(trainer, step):
+        update(trainer, step)
+        multiprocessing.active_children()[0].kill()
+    monkeypatch.setattr(train.Trainer, "update", killing)
+    assert train.main(["--data", str(recordings), "--out", str(tmp_path / "c.pt"), *SHORT, "--steps", "99"]) == 1
+    message = capsys.readouterr().err
+    assert "DataLoader worker" in message and "out of memory, it seems" in message and len(message.splitlines()) == 1
+    assert model.load_checkpoint(tmp_path / "c.pt")["step"] == 0
+
+
 @pytest.mark.parametrize("flags, says", [
     ([], "ckpt.pt exists"), (["--resume", "ckpt.pt"], "ckpt.pt is complete"),
     (["--resume", "ckpt.pt", "--mask", "random", "--lr", "0.5"], "--mask random (it has block), --lr 0.5"),
     (["--resume", "ckpt.pt", "--steps", "9"], "--steps 9 (it has 4)"), (["--resume", "absent.pt"], "absent.pt: No such file"),
-    (["--data", "absent", "--out", "new.pt"], "no such folder"), (["--steps", "0", "--out", "new.pt"], "--steps 0"),
+    (["--data", "absent", "--out", "new.pt"], "no such folder"), (["--data", ""], "--data is empty"), (["--steps", "0", "--out", "new.pt"], "--steps 0"),
     (["--out", "absent/new.pt", "--steps", "2", "--model", "tiny"], "absent is no folder"),
     (["--out", "new.csv"], "the log goes")])
 def test_what_train_refuses_it_refuses_in_one_line(trained, flags, says):
@@ -649,7 +664,7 @@ def test_of_several_losses_the_first_bad_one_is_blamed():
 
 
 def test_gradients_that_are_not_finite_end_the_run_at_their_own_step(recordings, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Trainer, "gradient_norm", lambda trainer: math.inf)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.inf))
     with pytest.raises(data.InputError, match="gradient of step 1"):
         train.train(config(data=str(recordings), out=str(tmp_path / "c.pt"), steps=2))
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 0
@@ -940,6 +955,9 @@ def test_what_is_missing_from_labels_or_audio_is_said(tmp_path, capsys):
     assert len(probe.load_labelled(str(tmp_path)).indices) == 1
     output = capsys.readouterr().out
     assert "1 of 2 rows name a file" in output and "1 of 2 clips have no label" in output
+    (tmp_path / "labels.csv").write_text("filename,category\na,x\nb,y\n")
+    with pytest.raises(data.InputError, match="with their endings"):
+        probe.load_labelled(str(tmp_path))
     (tmp_path / "labels.csv").write_text("file,label\na.wav,x\n")
     with pytest.raises(data.InputError, match="no column filename, category"):
         probe.load_labelled(str(tmp_path))
@@ -1028,7 +1046,7 @@ def test_padding_does_not_enter_the_features(trained, tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", 0.1 * np.sin(2 * np.pi * 500 * time_axis), 32_000)
     encoder = model.load_encoder(trained / "ckpt.pt")
     source = data.AudioFiles(tmp_path)
-    pair = probe.Labelled(source, [0, 1], torch.eye(2), [None, None])
+    pair = probe.Labelled(source, [0, 1], torch.eye(2), [None, None])              # of 3 windows and of 1
     together, _ = probe.compute_features(pair, {"trained": encoder}, encoder.mel, 0)
     for i in range(2):
         alone = encoder(source.crop(i, 0.0, None), 32_000)[0].mean(0)

@@ -29,7 +29,7 @@ from model import PATCH, WIDTHS, AudioJEPA, load_checkpoint, patchify, restore
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-MAX_FAILED = 0.05                     # of the last 1,000 clips: more unusable files than this end the run
+MAX_FAILED = 0.05                     # of the last 1,000 reads: more failed ones than this end the run
 COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; healthy runs rise above 0.5
 
 
@@ -51,7 +51,7 @@ class Config:
     device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
     amp: str = setting("auto", "mixed precision: bf16, fp16 or off (TF32 on CUDA); auto: bf16 or else fp16 on CUDA, else off")
     compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
-    workers: int = setting(-1, "processes that read audio; -1: one a core but one, 16 at most; 0: none")
+    workers: int = setting(-1, "processes that read audio; -1: cores less one, but 1 to 16; 0: none")
     seed: int = setting(0, "of the weights, the order of the clips, the crops and the masks")
     save_every: int = setting(1000, "steps between checkpoints")
     log_every: int = setting(50, "steps between log lines")
@@ -96,7 +96,7 @@ def momentum(step, config):
 # ---- the step -----------------------------------------------------------------------------------------------------------
 
 class Trainer:
-    """All that a step needs, made from the settings alone."""
+    """All that a step needs, made from the settings; only `mel` must still be fitted to the sound, or restored."""
 
     def __init__(self, config):
         torch.manual_seed(config.seed)
@@ -138,7 +138,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        return loss.detach(), self.gradient_norm(), predictions.detach(), goals, targets
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)     # only logged
+        return loss.detach(), norm, predictions.detach(), goals, targets
 
     def update(self, step):
         """The second half: the optimiser moves the encoder and the predictor, then the target follows the encoder."""
@@ -147,10 +148,6 @@ class Trainer:
         self.scaler.step(self.optimizer)                                           # fp16: skips a step that overflowed
         self.scaler.update()
         self.model.update_target(momentum(step, self.config))
-
-    def gradient_norm(self):
-        """The norm of the last gradient (), for the log: nothing is clipped."""
-        return torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
 
 
 def spread(vectors, targets):
@@ -209,15 +206,16 @@ def check_finite(losses, step, batches):
         if not math.isfinite(loss):
             clips = ", ".join(batches.source.name(index) for index in batches.clips(number))
             raise InputError(f"the loss or gradient of step {number + 1} is {loss}; stopped before it reached the checkpoint. "
-                             f"A lower --lr or --amp off may help. The clips of this step: {clips}")
+                             "Try a new run (another --out) with a lower --lr or --amp off, or without a bad clip. The clips "
+                             f"of this step: {clips}")
 
 
 class FailedReads:
     """Keeps count of the files that could not be used: each is told once, and too many of them end the run."""
 
     def __init__(self, total, batch_size, data):
-        self.total, self.batch_size, self.data, self.told = total, batch_size, data, set()
-        self.recent = collections.deque(maxlen=math.ceil(1000 / batch_size))       # failures of each of the last batches
+        self.total, self.data, self.told = total, data, set()
+        self.recent = collections.deque(maxlen=math.ceil(1000 / batch_size))       # of each batch: failures, reads
 
     def add(self, batch):
         for name, reason in batch.failures:
@@ -225,8 +223,8 @@ class FailedReads:
                 print(f"unusable: {name}: {reason}", flush=True)
                 self.told.add(name)
         self.total += len(batch.failures)
-        self.recent.append(len(batch.failures))
-        failed, reads = sum(self.recent), sum(self.recent) + len(self.recent) * self.batch_size
+        self.recent.append((len(batch.failures), len(batch.failures) + len(batch.filled)))
+        failed, reads = map(sum, zip(*self.recent))
         if batch.waveforms is None or reads >= 1000 and failed > MAX_FAILED * reads:
             raise InputError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
                             "mounted? The last checkpoint, if any, is good; --resume goes on from it")
@@ -254,14 +252,14 @@ def train(config, checkpoint=None):
             restore(part, checkpoint, name)
     else:
         mel.fit(batches)
-        save(0)                                                                    # a full disk shows now, not tonight
+        save(0)                                                                    # a place one cannot write to shows now
     print(f"{n_clips:,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
           f"parameters; log-mel {mel.mean:.2f} +- {mel.deviation:.2f}", flush=True)
 
     stopped = []
     def stop(signum, _):
         stopped.append(signum)
-        signal.signal(signum, signal.SIG_DFL)                                      # the second one ends us at once
+        signal.signal(signum, signal.SIG_DFL)                                      # the same again ends us at once
         print(f"{signal.Signals(signum).name}: finishing this step, then saving", flush=True)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -321,8 +319,8 @@ def step_flop(config):
     return config.batch_size * counter.get_total_flops()
 
 
-def laps(items, work, device):
-    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)], less the first two (warm-up)."""
+def laps(n, items, work, device):
+    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)] of the last n."""
     times, start = [], time.perf_counter()
     for i, item in enumerate(items):
         waited = time.perf_counter() - start
@@ -330,7 +328,7 @@ def laps(items, work, device):
         torch.get_device_module(device).synchronize()
         times.append((waited, time.perf_counter() - start))
         start = time.perf_counter()
-    return times[2:]
+    return times[-n:]
 
 
 def bench(config, n):
@@ -343,7 +341,9 @@ def bench(config, n):
     batches, trainer, workers = make_batches(config), Trainer(config), max(1, config.workers)
     trainer.mel.fit(batches)
     failed = FailedReads(0, config.batch_size, config.data)
-    loader = make_loader(batches, range(n + 2), config.workers, trainer.device)
+    total = n + 2 * workers                                                        # the first of each worker come all at once
+    loaders = [make_loader(batches, steps, config.workers, trainer.device)         # two: a disk remembers what it has read
+               for steps in (range(total), range(total, 2 * total))]
     batch = batches[0]
     batch = batch._replace(waveforms=batch.waveforms.to(trainer.device))
 
@@ -353,9 +353,9 @@ def bench(config, n):
 
     step(0, batch)
     compiled, seconds = counters["stats"]["unique_graphs"], {}
-    for name, items, work in (("loader", loader, lambda i, batch: failed.add(batch)), ("step", [batch] * (n + 2), step),
-                              ("both", loader, step)):
-        waits, wholes = zip(*laps(items, work, trainer.device))
+    for name, items, work in (("loader", loaders[0], lambda i, batch: failed.add(batch)), ("step", [batch] * total, step),
+                              ("both", loaders[1], step)):
+        waits, wholes = zip(*laps(n, items, work, trainer.device))
         seconds[name] = sum(wholes) / n
         low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
         print(f"{name:8} {config.batch_size / seconds[name]:10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
@@ -364,7 +364,7 @@ def bench(config, n):
 
     side = 8192 if trainer.device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=trainer.device, dtype=DTYPES[config.amp])
-    products = [whole for _, whole in laps(range(12), lambda i, item: a @ b, trainer.device)]
+    products = [whole for _, whole in laps(10, range(12), lambda i, item: a @ b, trainer.device)]
     flop, best = step_flop(config), 2 * side ** 3 / statistics.median(products)
     rate = flop / seconds["step"]
     print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
@@ -440,6 +440,8 @@ def main(argv=None):
     try:
         if n_bench is not None and n_bench < 2:
             raise InputError(f"--bench {n_bench}: must be at least 2")
+        if given.get("data") == "":
+            raise InputError("--data is empty; leave it out for the built-in sounds")
         checkpoint = load_checkpoint(resume) if resume else None
         if checkpoint:
             saved = checkpoint["config"]
@@ -461,8 +463,11 @@ def main(argv=None):
     except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory, lower --batch-size or --model ({str(error).splitlines()[0]})", file=sys.stderr)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory", "DataLoader worker (pid")):
+            raise
+        print(f"train.py: out of memory, it seems ({str(error).splitlines()[0]}). --resume with fewer --workers may go on; "
+              "else start anew with another --out and a lower --batch-size or --model", file=sys.stderr)
         return 1
     except KeyboardInterrupt:                                                      # before the first step: nothing to save
         return 130
