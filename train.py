@@ -460,14 +460,15 @@ def main(argv=None):
                 raise InputError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
+    except (RuntimeError, ConnectionError, EOFError) as error:                     # all three: a worker that the system killed
+        words = "out of memory", "allocate memory", "DataLoader worker (pid"
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        print(f"train.py: out of memory, it seems ({str(error).split(chr(10))[0]}). --resume with fewer --workers may go on; "
+              "else start anew with another --out and a lower --batch-size or --model", file=sys.stderr)
+        return 1
     except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "DataLoader worker (pid")):
-            raise
-        print(f"train.py: out of memory, it seems ({str(error).splitlines()[0]}). --resume with fewer --workers may go on; "
-              "else start anew with another --out and a lower --batch-size or --model", file=sys.stderr)
         return 1
     except KeyboardInterrupt:                                                      # before the first step: nothing to save
         return 130
