@@ -129,7 +129,7 @@ class Predictor(nn.Module):
 def redundancy(latents):
     """How far the features of latents (B, C, D) fall short of a deviation of 1, and how much they repeat one another.
 
-        redundancy = mean over features of max(0, 1 - deviation) + 0.1 / D * sum of the squared covariances of all pairs
+        redundancy = mean over features of (max(0, 1 - deviation) + 0.1 * sum of its squared covariances with the others)
 
     Constant features are the easiest to predict (collapse): the first term, too_small, penalises them. The next easiest tell
     the place but not the sound: the second, repeated, limits them, for place alone has at most N - 1 uncorrelated features.
@@ -167,6 +167,8 @@ class AudioJEPA(nn.Module):
         """patches (B, N, E), context (B, C), targets (B, M, K) -> loss (), predictions and goals (B, M, K, D).
 
             loss = smooth-L1(predictions, goals) + redundancy(latents)
+
+        smooth-L1, as in I-JEPA's code: a square below 1, beyond it linear, so that a few wild gaps do not rule the gradient.
         """
         latents = self.encoder(patches, context)                                   # (B, C, D)
         predictions = self.predictor(latents, context, targets).float()            # (B, M, K, D)

@@ -27,7 +27,7 @@ from data import N_FRAMES, AudioFiles, Batches, BuiltInSounds, InputError, LogMe
 from masking import MASKS, N_PATCHES, make_masks
 from model import PATCH, WIDTHS, AudioJEPA, load_checkpoint, patchify, restore
 
-BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05     # of AdamW, as in the paper
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 MAX_FAILED = 0.05                     # of the last 1,000 reads: more failed ones than this end the run
 COLLAPSED = 0.1                       # a spread of the goals below this gets a warning; healthy runs rise above 0.5
