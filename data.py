@@ -84,14 +84,10 @@ class AudioFiles:
     def __init__(self, root):
         top, paths = os.fsencode(root), []
         if os.path.isdir(top):
-            seen = set()
             for folder, subfolders, names in os.walk(top, followlinks=True):
-                subfolders.sort()                                                  # one order on every machine
-                place = os.path.realpath(folder)
-                if place in seen:                                                  # a link back to where we were
-                    subfolders.clear()
-                    continue
-                seen.add(place)
+                here = os.path.join(os.path.realpath(folder), b"")                 # follow no link back up:
+                back = [name for name in subfolders if here.startswith(os.path.realpath(os.path.join(folder, name)) + b"/")]
+                subfolders[:] = sorted(set(subfolders) - set(back))                # one order on every machine
                 paths += [os.path.join(folder, name) for name in sorted(names)
                           if name.lower().endswith(EXTENSIONS) and not name.startswith(b"._")]       # macOS's own notes
         elif os.path.isfile(top) and not top.lower().endswith(EXTENSIONS):

@@ -153,7 +153,7 @@ class AudioJEPA(nn.Module):
         self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # the EMA alone moves it, never the loss
 
-    @torch.no_grad()                                                               # stop-gradient: the loss asks no easier goals
+    @torch.no_grad()                                                               # stop-gradient: no loss eases the goals
     def all_goals(self, patches):
         """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
@@ -241,15 +241,16 @@ class Embedder(nn.Module):
 
 
 def load_encoder(path, which="target", layer=None):
-    """The trained encoder of a checkpoint as an Embedder, on the CPU; its `config` is that of the run. Raises InputError.
+    """The encoder of a checkpoint as an Embedder, on the CPU; its `config` is that of the run. Raises InputError.
 
     which: "target", the average that gave the goals; "context", the encoder that was trained; or "untrained", fresh weights.
     layer: the one to take the output of, counted from 1, before the last norm.
     """
     checkpoint = load_checkpoint(path)
     embedder = Embedder(checkpoint["config"]["model"], checkpoint["config"]["seconds"])
-    embedder.config, vit = checkpoint["config"], embedder.encoder
+    embedder.config = checkpoint["config"]
     restore(embedder.mel, checkpoint, "mel")
+    vit = embedder.encoder
     if which != "untrained":
         restore(vit, checkpoint, {"target": "target", "context": "encoder"}[which])
     if layer is not None:

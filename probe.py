@@ -113,7 +113,7 @@ def from_table(path, files):
     if rows:
         print(f"{path}: {len(table)} of {len(rows)} rows name a file here")
         if not table:
-            raise InputError(f"{path}: the names must be those of audio files in or below its folder, with their endings")
+            raise InputError(f"{path}: no filename in it is that of an audio file in the folder to probe, with its ending")
     return table
 
 
@@ -129,7 +129,7 @@ def from_folders(files):
 
 
 def load_labelled(folder):
-    """The clips of a folder that have a label, by the first layout that gives any. Raises InputError if none does."""
+    """The clips of a folder that have a label, by the first layout that is there. Raises InputError if none is."""
     if os.path.isfile(folder):
         raise InputError(f"{folder}: the probe needs a folder with labels; name one with --data")
     source = AudioFiles(folder)
@@ -356,8 +356,8 @@ def run_probe(args):
     if args.json:
         open(args.json, "a").close()                                               # what cannot be written shows now, not last
     torch.manual_seed(0)                                                           # the weights of the untrained one
-    encoders = {name: load_encoder(args.checkpoint, which, args.layer)
-                for name, which in (("untrained", "untrained"), ("trained", args.encoder))}
+    encoders = {"untrained": load_encoder(args.checkpoint, "untrained", args.layer),
+                "trained": load_encoder(args.checkpoint, args.encoder, args.layer)}
     config, mel = encoders["trained"].config, copy.deepcopy(encoders["trained"].mel)         # this one stays on the CPU
     for encoder in encoders.values():
         encoder.to(find_device(args.device))

@@ -12,6 +12,7 @@ import collections
 import csv
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 import signal
@@ -319,20 +320,20 @@ def step_flop(config):
     return config.batch_size * counter.get_total_flops()
 
 
-def laps(n, items, work, device):
-    """Do work(i, item) for every item: [(seconds waited for it, seconds waited and worked)] of the last n."""
+def laps(n, warm_up, items, work, device):
+    """Do work(i, item) for some items, then for n more: [(seconds waited for it, seconds waited and worked)] of the n."""
     times, start = [], time.perf_counter()
-    for i, item in enumerate(items):
+    for i, item in zip(range(warm_up + n), items):
         waited = time.perf_counter() - start
         work(i, item)
         torch.get_device_module(device).synchronize()
         times.append((waited, time.perf_counter() - start))
         start = time.perf_counter()
-    return times[-n:]
+    return times[warm_up:]
 
 
 def bench(config, n):
-    """Time n steps of the training that `config` describes, without a checkpoint: loader, step, and both together.
+    """Time at least n steps of the training that `config` describes, without a checkpoint: loader, step, both together.
 
     Rates are those of all steps together, for batches come in bursts, one from each worker.
     """
@@ -341,21 +342,23 @@ def bench(config, n):
     batches, trainer, workers = make_batches(config), Trainer(config), max(1, config.workers)
     trainer.mel.fit(batches)
     failed = FailedReads(0, config.batch_size, config.data)
-    total = n + 2 * workers                                                        # the first of each worker come all at once
+    n = workers * math.ceil(n / workers)                                           # whole rounds: batches come one from each
+    n_read = n + 4 * workers                                                       # 2 each to warm up, 2 ahead to the end
     loaders = [make_loader(batches, steps, config.workers, trainer.device)         # two: a disk remembers what it has read
-               for steps in (range(total), range(total, 2 * total))]
+               for steps in (range(n_read), range(n_read, 2 * n_read))]
     batch = batches[0]
     batch = batch._replace(waveforms=batch.waveforms.to(trainer.device))
 
     def step(i, batch):
+        failed.add(batch)
         trainer.gradients(batch.waveforms, i)
         trainer.update(i)
 
     step(0, batch)
     compiled, seconds = counters["stats"]["unique_graphs"], {}
-    for name, items, work in (("loader", loaders[0], lambda i, batch: failed.add(batch)), ("step", [batch] * total, step),
-                              ("both", loaders[1], step)):
-        waits, wholes = zip(*laps(n, items, work, trainer.device))
+    for name, warm_up, items, work in (("loader", 2 * workers, loaders[0], lambda i, batch: failed.add(batch)),
+                                       ("step", 2, itertools.repeat(batch), step), ("both", 2 * workers, loaders[1], step)):
+        waits, wholes = zip(*laps(n, warm_up, items, work, trainer.device))
         seconds[name] = sum(wholes) / n
         low, high = (1000 * statistics.quantiles(wholes, n=10)[i] for i in (0, -1))
         print(f"{name:8} {config.batch_size / seconds[name]:10,.1f} clips/s   waiting for data {sum(waits) / sum(wholes):4.0%}"
@@ -364,7 +367,7 @@ def bench(config, n):
 
     side = 8192 if trainer.device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=trainer.device, dtype=DTYPES[config.amp])
-    products = [whole for _, whole in laps(10, range(12), lambda i, item: a @ b, trainer.device)]
+    products = [whole for _, whole in laps(10, 2, range(12), lambda i, item: a @ b, trainer.device)]
     flop, best = step_flop(config), 2 * side ** 3 / statistics.median(products)
     rate = flop / seconds["step"]
     print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
@@ -460,12 +463,13 @@ def main(argv=None):
                 raise InputError(f"{path} exists: go on with --resume {config.out}, or choose another --out")
         print("\n".join(f"{name:11} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         signum = bench(config, n_bench) if n_bench else train(config, checkpoint)
-    except (RuntimeError, ConnectionError, EOFError) as error:                     # all three: a worker that the system killed
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:        # memory, or a dead worker
         words = "out of memory", "allocate memory", "DataLoader worker (pid"
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
-        print(f"train.py: out of memory, it seems ({str(error).split(chr(10))[0]}). --resume with fewer --workers may go on; "
-              "else start anew with another --out and a lower --batch-size or --model", file=sys.stderr)
+        reason = str(error).split("\n")[0] or type(error).__name__
+        print(f"train.py: out of memory, or a worker died ({reason}). --resume with fewer --workers may go on; else start anew "
+              "with another --out and a lower --batch-size or --model", file=sys.stderr)
         return 1
     except (InputError, OSError) as error:                                         # OSError: the disk of the log, say
         print(f"train.py: {error}", file=sys.stderr)
