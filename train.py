@@ -347,7 +347,7 @@ def bench(config, n):
     loaders = [make_loader(batches, steps, config.workers, trainer.device)         # two: a disk remembers what it has read
                for steps in (range(n_read), range(n_read, 2 * n_read))]
     batch = batches[0]
-    batch = batch._replace(waveforms=batch.waveforms.to(trainer.device))
+    batch = batch._replace(waveforms=batch.waveforms.to(trainer.device), failures=[])
 
     def step(i, batch):
         failed.add(batch)
