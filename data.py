@@ -296,7 +296,7 @@ class LogMel(nn.Module):
         return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
 
     def fit(self, batches):
-        """Set `mean` and `deviation` from the first 256 clips of the training order, over the frames that hold sound."""
+        """Set `mean` and `deviation` from the first 256 clips or more of the training, over the frames that hold sound."""
         frames, device = [], self.mean.device
         for step in range(math.ceil(256 / batches.batch_size)):
             batch = batches[step]

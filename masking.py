@@ -33,8 +33,8 @@ def block_masks(n_clips, generator):
     uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
     which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
     free_rows, free_columns = ROWS - shapes[which, 0], COLUMNS - shapes[which, 1]
-    row = (uniform[1] * (free_rows + 1)).long()                                     # without + 1, as in I-JEPA's code, the last
-    column = (uniform[2] * (free_columns + 1)).long()                               # row and column are never a target
+    row = (uniform[1] * (free_rows + 1)).long()                                     # I-JEPA omits the + 1: its last row and
+    column = (uniform[2] * (free_columns + 1)).long()                               # column are never targets
     targets = (row * COLUMNS + column)[..., None] + offsets[which]                  # (B, M, K)
 
     # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.

@@ -7,7 +7,7 @@ The letters of all shapes in this project:
     B clips              S samples of a clip (32 kHz)     F mel bands (128)       T frames (256)
     N patches (128)      C patches of the context         M target blocks         K patches of one block
     D encoder width      P predictor width                E values of one patch (16 x 16 = 256)
-    T' embeddings of a clip, one a column of patches      D' = 8 D, their size: the 8 bands of a column side by side
+    T' embeddings of a clip, one a column of patches      D' = 8 D, their size: the 8 patches of a column side by side
 """
 
 import copy
@@ -103,7 +103,7 @@ class Predictor(nn.Module):
 
     A hidden patch enters as one learned token plus its position. Without a predictor, the latents of the visible patches
     would themselves have to equal those of the hidden ones, easiest if all were alike. Each block is predicted without sight
-    of the others. Half as wide and as deep as the encoder, as for the paper's base: a stronger one could do its work.
+    of the others. Half as wide and half as deep as the encoder, as in the paper: a stronger one could do its work.
     """
 
     def __init__(self, encoder_width):
@@ -182,7 +182,7 @@ class AudioJEPA(nn.Module):
     def update_target(self, momentum):
         """target = momentum * target + (1 - momentum) * encoder: an exponential moving average (BYOL, 3.1).
 
-        So slow that the two cannot agree on a trivial answer, while it averages out what the encoder only tries.
+        Meant to be so slow that the two cannot agree on a trivial answer, while it averages out what the encoder only tries.
         """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
@@ -214,7 +214,7 @@ def restore(part, checkpoint, name):
 class Embedder(nn.Module):
     """Waveforms in, embeddings over time out, one every `hop_seconds` (a column of patches), `output_dim` numbers each (D').
 
-    The 8 bands of a column are kept apart, side by side: averaged, they would mix high with low.
+    The 8 patches of a column are kept apart, side by side: averaged, they would mix high with low.
     """
 
     def __init__(self, size, seconds):

@@ -209,7 +209,7 @@ def compute_features(data, encoders, mel, workers, pool="time", amp="off"):
     """Features of every clip: {'log-mel': (clips, 2 F), name: (clips, D' or D)}, and which clips could be read.
 
     A clip's feature is the mean of its embeddings over the columns that hold sound; for the log-mel baseline mean and
-    deviation of its frames. `pool` "time" keeps the 8 bands of a column apart; "mean" averages them too, as the published
+    deviation of its frames. `pool` "time" keeps the 8 patches of a column apart; "mean" averages them too, as the published
     code does, and loses where in frequency a sound was.
     """
     features, readable, told = {name: [] for name in ("log-mel", *encoders)}, [], time.monotonic()
@@ -385,7 +385,8 @@ def main(argv=None):
     parser.add_argument("--encoder", choices=("target", "context"), default="target",
                         help="the EMA target (default), or the encoder that saw the context")
     parser.add_argument("--layer", type=int, help="features after this layer, counted from 1 (default: after the last, normed)")
-    parser.add_argument("--pool", choices=("time", "mean"), default="time", help="keep the bands apart, or average them")
+    parser.add_argument("--pool", choices=("time", "mean"), default="time",
+                        help="keep the 8 patches of a column apart (default), or average them")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first that is there)")
     parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (off)")
     parser.add_argument("--workers", type=int, default=min(8, max(0, (os.cpu_count() or 1) - 1)), help="reading processes")

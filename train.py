@@ -48,7 +48,7 @@ class Config:
     steps: int = setting(100_000, "length of the run; all schedules stretch with it")
     batch_size: int = setting(256, "clips a step")
     lr: float = setting(0.0, "peak learning rate; 0.0: 3e-4 * sqrt(batch size / 256) * 768 / width")
-    mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (the paper's)")
+    mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (60 % of the patches)")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
     amp: str = setting("auto", "mixed precision: bf16, fp16 or off (TF32 on CUDA); auto: bf16 or else fp16 on CUDA, else off")
     compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
@@ -253,7 +253,7 @@ def train(config, checkpoint=None):
             restore(part, checkpoint, name)
     else:
         mel.fit(batches)
-        save(0)                                                                    # a place one cannot write to shows now
+        save(0)                                                                    # if it cannot be written, fail now
     print(f"{n_clips:,} clips; encoder of {sum(p.numel() for p in trainer.model.encoder.parameters()) / 1e6:.1f} M "
           f"parameters; log-mel {mel.mean:.2f} +- {mel.deviation:.2f}", flush=True)
 
@@ -299,7 +299,7 @@ def train(config, checkpoint=None):
             if row["goal_spread"] < COLLAPSED and config.batch_size > 1 and not warned:
                 warned = True
                 print(f"warning: the goals hardly differ between clips (spread under {COLLAPSED}): this is collapse. Try a "
-                      "lower --lr or a larger --batch-size, and listen whether the clips are all alike", flush=True)
+                      "lower --lr or a larger --batch-size, and check by ear that the clips are not all alike", flush=True)
             line_start, seconds_waited, clips_done = time.perf_counter(), 0, 0
         if saves:
             save(done)
