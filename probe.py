@@ -356,11 +356,10 @@ def run_probe(args):
     if args.json:
         open(args.json, "a").close()                                               # what cannot be written shows now, not last
     torch.manual_seed(0)                                                           # the weights of the untrained one
-    encoders = {"untrained": load_encoder(args.checkpoint, "untrained", args.layer),
-                "trained": load_encoder(args.checkpoint, args.encoder, args.layer)}
-    config, mel = encoders["trained"].config, copy.deepcopy(encoders["trained"].mel)         # this one stays on the CPU
-    for encoder in encoders.values():
-        encoder.to(find_device(args.device))
+    untrained = load_encoder(args.checkpoint, "untrained", args.layer)
+    trained = load_encoder(args.checkpoint, args.encoder, args.layer)
+    config, mel, device = trained.config, copy.deepcopy(trained.mel), find_device(args.device)       # this mel stays on the CPU
+    encoders = {"untrained": untrained.to(device), "trained": trained.to(device)}
 
     folder = args.data or config["data"]
     data = drop_rare(load_labelled(folder) if folder else load_built_in(config["seconds"]))

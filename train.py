@@ -129,8 +129,8 @@ class Trainer:
         """The first half of a training step, for waveforms (B, S): masks, patches, loss, gradients. `update` is the second;
         between them a bad loss can still stop the run.
 
-        Returns, on the device, still unread: loss () and norm of its gradient (), predictions and goals (B, M, K, D),
-        targets (B, M, K).
+        Returns, on the device, still unread: loss (), norm of its gradient (), which is not clipped, predictions and goals
+        (B, M, K, D), targets (B, M, K).
         """
         context, targets = map(self.to_device, make_masks(self.config.mask, len(waveforms), self.config.seed, step))
         with torch.autocast(self.device.type, DTYPES[self.config.amp], enabled=self.config.amp != "off"):
@@ -139,7 +139,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)     # only logged
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         return loss.detach(), norm, predictions.detach(), goals, targets
 
     def update(self, step):
