@@ -116,6 +116,53 @@ class AudioFiles:
         return read_audio(self.path(index), position, n_samples)
 
 
+def colored_noise(n, rng):
+    """Noise (n,) of unit deviation whose spectrum falls as 1 / f ** tilt, tilt drawn from white (0) to brown (1)."""
+    spectrum = np.fft.rfft(rng.standard_normal(n))
+    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
+    noise = np.fft.irfft(spectrum, n)
+    return noise / noise.std()
+
+
+def make_sound(kind, time, rng):
+    """One sound of a class over `time` (seconds), at any level."""
+    sin, exp, pi, uniform = np.sin, np.exp, np.pi, rng.uniform
+    pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)                         # Hz; `rate` of everything that repeats
+    swing = sin(2 * pi * rate * time + uniform(0, 6))
+    steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
+    cycle = time * rate % 1                                                        # how much of the present one is over
+    voice, k = pitch / 3 + 60, np.arange(1, 31)                                    # Hz; harmonics of a low voice
+
+    def harmonics(phase, amplitudes):                                              # sum of a_k sin(k phase), as a polynomial
+        return np.polynomial.polynomial.polyval(exp(1j * phase), [0, *amplitudes]).imag
+
+    def gliding(frequency):                                                        # harmonics of a pitch that changes
+        return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
+
+    def pulses(times):                                                             # a ringing click at each of `times`
+        train = np.zeros(len(time))
+        train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = uniform(0.5, 1, len(times))
+        ring = (exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
+        return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
+
+    return {
+        "harmonic": lambda: harmonics(steady, rolloff),
+        "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
+                            for ratio in (1, 2.76, 5.4, 8.93, 11.34)),             # partials of no common pitch
+        "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
+        "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
+        "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),                # even in time
+        "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),       # the same, at random times
+        "noise burst": lambda: colored_noise(len(time), rng) * exp(-time * uniform(1, 6)),
+        "pulsed noise": lambda: colored_noise(len(time), rng) * (1 + 0.9 * swing),
+        "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),          # a tone with the same tremolo
+        "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng)),
+        "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(              # three formants
+            exp(-((k * voice - formant) / 120) ** 2) for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
+        "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),     # short rising tones
+    }[kind]()
+
+
 class BuiltInSounds:
     """Procedural sounds for a first run with no data at hand: clip i is a pure function of i, its class is i mod 12.
 
@@ -139,59 +186,12 @@ class BuiltInSounds:
         rng = np.random.default_rng([12, int(index)])
         n_sound = self.n_samples // 256 * int(rng.uniform(77, 230))                # 0.3 to 0.9 of the clip
         onset = rng.integers(self.n_samples - n_sound)
-        sound = self.make(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
+        sound = make_sound(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
         sound *= np.minimum(1, np.minimum(np.arange(n_sound), np.arange(n_sound)[::-1]) / 320)       # no clicks at the ends
         level, noise_level = 10 ** rng.uniform(-1.6, -0.6), 10 ** rng.uniform(-2.6, -1.6)
         clip = noise_level * colored_noise(self.n_samples, rng)
         clip[onset:onset + n_sound] += level * sound / (np.sqrt(np.mean(sound ** 2)) + 1e-9)
         return torch.from_numpy(clip.astype(np.float32))
-
-    @staticmethod
-    def make(kind, time, rng):
-        """One sound of a class over `time` (seconds), at any level."""
-        sin, exp, pi, uniform = np.sin, np.exp, np.pi, rng.uniform
-        pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)                     # Hz; `rate` of everything that repeats
-        swing = sin(2 * pi * rate * time + uniform(0, 6))
-        steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
-        cycle = time * rate % 1                                                    # how much of the present one is over
-        voice, k = pitch / 3 + 60, np.arange(1, 31)                                # Hz; harmonics of a low voice
-
-        def harmonics(phase, amplitudes):                                          # sum of a_k sin(k phase), as a polynomial
-            return np.polynomial.polynomial.polyval(exp(1j * phase), [0, *amplitudes]).imag
-
-        def gliding(frequency):                                                    # harmonics of a pitch that changes
-            return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
-
-        def pulses(times):                                                         # a ringing click at each of `times`
-            train = np.zeros(len(time))
-            train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = uniform(0.5, 1, len(times))
-            ring = (exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
-            return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
-
-        return {
-            "harmonic": lambda: harmonics(steady, rolloff),
-            "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
-                                for ratio in (1, 2.76, 5.4, 8.93, 11.34)),         # partials of no common pitch
-            "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
-            "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
-            "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),            # even in time
-            "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),       # the same, at random times
-            "noise burst": lambda: colored_noise(len(time), rng) * exp(-time * uniform(1, 6)),
-            "pulsed noise": lambda: colored_noise(len(time), rng) * (1 + 0.9 * swing),
-            "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),      # a tone with the same tremolo
-            "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng)),
-            "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(          # three formants
-                exp(-((k * voice - formant) / 120) ** 2) for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
-            "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),     # short rising tones
-        }[kind]()
-
-
-def colored_noise(n, rng):
-    """Noise (n,) of unit deviation whose spectrum falls as 1 / f ** tilt, tilt drawn from white (0) to brown (1)."""
-    spectrum = np.fft.rfft(rng.standard_normal(n))
-    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
-    noise = np.fft.irfft(spectrum, n)
-    return noise / noise.std()
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------------

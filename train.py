@@ -373,9 +373,9 @@ def bench(config, n):
     print(f"arithmetic: {flop / 1e9:,.1f} GFLOP a step, {rate / 1e9:,.0f} GFLOP/s in the step alone; one large matrix "
           f"product in {config.amp}: {best / 1e9:,.0f} GFLOP/s; utilisation {rate / best:.2f}")
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                        # macOS counts bytes, Linux KiB
-    main, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if trainer.device.type == "cuda" else 0
-    print(f"peak memory: {main:.2f} GiB here, {worker:.2f} in the largest worker (shared pages in both), {gpu:.2f} on the GPU")
+    print(f"peak memory: {own:.2f} GiB here, {worker:.2f} in the largest worker (shared pages in both), {gpu:.2f} on the GPU")
     print(f"compilations after the first step: {counters['stats']['unique_graphs'] - compiled}")
 
 
