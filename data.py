@@ -85,9 +85,9 @@ class AudioFiles:
         top, paths = os.fsencode(root), []
         if os.path.isdir(top):
             for folder, subfolders, names in os.walk(top, followlinks=True):
-                here = os.path.join(os.path.realpath(folder), b"")                 # follow no link back up:
-                back = [name for name in subfolders if here.startswith(os.path.realpath(os.path.join(folder, name)) + b"/")]
-                subfolders[:] = sorted(set(subfolders) - set(back))                # one order on every machine
+                here = os.path.join(os.path.realpath(folder), b"")
+                subfolders[:] = sorted(name for name in subfolders                 # one order; follow no link back up
+                                       if not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), b"")))
                 paths += [os.path.join(folder, name) for name in sorted(names)
                           if name.lower().endswith(EXTENSIONS) and not name.startswith(b"._")]       # macOS's own notes
         elif os.path.isfile(top) and not top.lower().endswith(EXTENSIONS):
@@ -271,8 +271,10 @@ def make_loader(batches, steps, workers, device):
 class LogMel(nn.Module):
     """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, one frame a hop), on whatever device holds them.
 
-    One hop is seconds / 256, one window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a speech recogniser's at 2.56 s
-    (10 ms). Short windows are padded to 1024 points, or mel bands would fall between two points of the spectrum.
+    Power in 128 bands, evenly spaced in mel, as the ear hears pitch (Slaney's formula), and as a logarithm, for the ear hears
+    ratios of loudness. One frame a hop; a hop is seconds / 256, a window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a
+    speech recogniser's at 2.56 s (10 ms). Short windows are padded to 1024 points, or bands would fall between two points of
+    the spectrum. `normalized`: else the power, and so MEL_FLOOR's meaning, would grow with the window.
     """
 
     def __init__(self, seconds):
@@ -292,7 +294,7 @@ class LogMel(nn.Module):
             return (torch.cat(parts) + MEL_FLOOR).log()                            # twice as fast
 
     def forward(self, waveforms):
-        frames = math.ceil(waveforms.shape[1] / self.hop)                          # not the one that starts where the clip ends
+        frames = math.ceil(waveforms.shape[1] / self.hop)                          # not the one centred on the clip's end
         return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
 
     def fit(self, batches):

@@ -19,8 +19,9 @@ HIDDEN = 0.6                          # share of the patches that random masks h
 def block_masks(n_clips, generator):
     """Multi-block masks: four blocks to predict, each on its own, and a context outside all of them.
 
-    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours. Blocks may overlap. Four that do
-    not still leave 32 of the 128 patches, so the context is always 32, drawn evenly from all that are left.
+    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours (I-JEPA, section 3; on audio, Riou et
+    al., arXiv 2405.08679, found random masks better; our short runs no difference). Blocks may overlap. Four that do not still
+    leave 32 of the 128 patches, so the context is always 32, drawn evenly from all that are left.
     I-JEPA draws a new area at every step. One area in several shapes keeps the variety, and every tensor its shape, so
     nothing recompiles.
 

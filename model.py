@@ -1,6 +1,7 @@
 """Chapter 3, the model: encoder, predictor, and the slow copy that sets the predictor's goals.
 
-In: a normalised log-mel spectrogram (B, F, T) and the patch indices of chapter 2. Out: the loss.
+In: normalised log-mel spectrograms, cut into patches, and the patch indices of chapter 2. Out: the loss; and, at the end of
+the file, a trained encoder for use.
 Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), section 2; ViT (arXiv 2010.11929).
 
 The letters of all shapes in this project:
@@ -32,8 +33,7 @@ def patchify(spectrograms):
 
 def take(tokens, indices):
     """Pick from the tokens (B, N, any width) of each clip those at its indices (B, ...) -> (B, ..., that width)."""
-    flat = repeat(indices.flatten(1), "b n -> b n d", d=tokens.shape[-1])
-    return tokens.gather(1, flat).unflatten(1, indices.shape[1:])
+    return tokens.take_along_dim(indices.flatten(1)[..., None], dim=1).unflatten(1, indices.shape[1:])
 
 
 def sincos_positions(rows, columns, width):
@@ -79,7 +79,8 @@ def init_weights(model):
 class Encoder(nn.Module):
     """ViT over patches (B, N, E), or only those of the context (B, C) -> latents (B, N or C, D).
 
-    Hidden patches are dropped, not zeroed: they cost nothing, and the encoder never meets a placeholder that no clip holds.
+    Hidden patches are dropped, not zeroed (MAE, arXiv 2111.06377, section 3): they cost nothing, and the encoder never meets a
+    placeholder that no clip holds.
     """
 
     def __init__(self, width):
@@ -91,19 +92,19 @@ class Encoder(nn.Module):
         init_weights(self)
 
     def forward(self, patches, context=None):
-        if context is None:
-            x = self.embed(patches) + self.positions                               # (B, N, D)
-        else:
-            x = self.embed(take(patches, context)) + self.positions[context]       # (B, C, D)
-        return self.norm(self.layers(x))
+        positions = self.positions                                                 # (N, D)
+        if context is not None:
+            patches, positions = take(patches, context), positions[context]        # (B, C, E), (B, C, D)
+        return self.norm(self.layers(self.embed(patches) + positions))
 
 
 class Predictor(nn.Module):
     """A narrow ViT: from the context's latents (B, C, D), guess the goals at `targets` (B, M, K) -> (B, M, K, D).
 
-    A hidden patch enters as one learned token plus its position. Without a predictor, the latents of the visible patches
-    would themselves have to equal those of the hidden ones, easiest if all were alike. Each block is predicted without sight
-    of the others. Half as wide and half as deep as the encoder, as in the paper: a stronger one could do its work.
+    A hidden patch enters as one learned token plus its position. Without a predictor (BYOL, arXiv 2006.07733, found it
+    essential) the latents of the visible patches would themselves have to equal those of the hidden ones, easiest if all were
+    alike. Each block is predicted without sight of the others. Half the encoder's width and depth, as in the paper: a narrow
+    one did better in I-JEPA's ablations (a deeper one, too, but it costs more).
     """
 
     def __init__(self, encoder_width):
@@ -132,15 +133,13 @@ def redundancy(latents):
 
         redundancy = mean over features of (max(0, 1 - deviation) + 0.1 * sum of its squared covariances with the others)
 
-    Constant features are the easiest to predict (collapse): the first term, too_small, penalises them. The next easiest tell
-    the place but not the sound: the second, repeated, limits them, for place alone has at most N - 1 uncorrelated features.
+    Constant features are the easiest to predict (collapse): the first term, too_small, penalises them. The next easiest depend
+    on the place alone: the second, repeated, limits them, for N places allow at most N - 1 uncorrelated features.
     VICReg's own weight for it is 0.04; the README compares.
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
-        tokens = latents.float().flatten(0, 1)                                     # (B C, D)
-        tokens = tokens - tokens.mean(0)
-        covariance = tokens.T @ tokens / len(tokens)                               # (D, D)
+        covariance = latents.float().flatten(0, 1).T.cov(correction=0)             # (D, D), over B and C
         variance = covariance.diagonal()
         too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()                    # 1e-4: a root is infinitely steep at 0
         repeated = (covariance.square().sum() - variance.square().sum()) / len(variance)             # less each with itself
@@ -155,11 +154,13 @@ class AudioJEPA(nn.Module):
         self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # the EMA alone moves it, never the loss
 
-    @torch.no_grad()                                                               # stop-gradient: no loss eases the goals
+    @torch.no_grad()                                                               # stop-gradient
     def all_goals(self, patches):
         """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
-        Normalised over the features, as in I-JEPA's code. The target's own last norm has a learned scale, by which the goals
+        All, as in I-JEPA (section 3), so that a goal tells what a patch means among the others; Riou et al. found a target that
+        sees the hidden ones alone better. No gradient (stop-gradient; BYOL, 3.1), or the encoder would learn to set easy goals.
+        Normalised over the features, as in I-JEPA's code: the target's own last norm has a learned scale, by which the goals
         could shrink and the loss with them; this one has none.
         """
         outputs = self.target(patches).float()
@@ -182,7 +183,7 @@ class AudioJEPA(nn.Module):
     def update_target(self, momentum):
         """target = momentum * target + (1 - momentum) * encoder: an exponential moving average (BYOL, 3.1).
 
-        Meant to be so slow that the two cannot agree on a trivial answer, while it averages out what the encoder only tries.
+        Meant to be so slow that the two cannot agree on a trivial answer, while it smooths the encoder's noise.
         """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
@@ -197,7 +198,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:                                                     # a damaged pickle can raise anything
         raise InputError(f"{path}: no checkpoint that can be read ({type(error).__name__})") from error
-    needed = {"config", "step", "log", "unusable", "n_clips"}                      # `restore` misses the rest
+    needed = {"config", "step", "log", "unusable", "n_clips"}                      # what else is missing, `restore` says
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "audio-jepa 1" or not needed <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of train.py, or an incomplete one")
     return checkpoint
@@ -214,7 +215,8 @@ def restore(part, checkpoint, name):
 class Embedder(nn.Module):
     """Waveforms in, embeddings over time out, one every `hop_seconds` (a column of patches), `output_dim` numbers each (D').
 
-    The 8 patches of a column are kept apart, side by side: averaged, they would mix high with low.
+    The 8 patches of a column are kept apart, side by side, as by Riou et al. (arXiv 2405.08679): averaged, they would mix high
+    with low. The README, Results, compares.
     """
 
     def __init__(self, size, seconds):
@@ -234,12 +236,12 @@ class Embedder(nn.Module):
         waveform = torch.atleast_2d(torch.as_tensor(waveform)).cpu()
         if waveform.shape[1] == 0 or not waveform.is_floating_point():
             raise ValueError("a waveform without samples, or of integers instead of floats from -1 to 1")
-        waveform = resampler(sample_rate)(waveform.float())
-        padded = F.pad(waveform, (0, -waveform.shape[1] % self.window_samples))
+        waveform = resampler(sample_rate)(waveform.float())                        # (B, S)
+        padded = F.pad(waveform, (0, -waveform.shape[1] % self.window_samples))    # to whole windows
         batches = rearrange(padded, "b (window s) -> (b window) s", s=self.window_samples).split(32)
         tokens = torch.cat([self.encoder(patchify(self.mel(part.to(device)))).float() for part in batches])
         columns = rearrange(tokens, "(b window) (row column) d -> b (window column) (row d)", b=len(waveform), row=ROWS)
-        return columns[:, :math.ceil(waveform.shape[1] / self.column_samples)]
+        return columns[:, :math.ceil(waveform.shape[1] / self.column_samples)]     # (B, T', D')
 
 
 def load_encoder(path, which="target", layer=None):

@@ -3,7 +3,7 @@
 In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off the frozen features, by a linear
 classifier and by the nearest neighbours, beside two baselines that learned nothing: an untrained encoder of the same
 shape, and the plain log-mel. A trained encoder that does not beat both has learned nothing useful.
-Sources: linear probes, arXiv 1610.01644; neighbours' votes as in the benchmark X-ARES; AudioSet's metrics, arXiv 1609.09430.
+Sources: linear probes, arXiv 1610.01644; neighbours' votes, X-ARES (arXiv 2505.16369); AudioSet's metrics, arXiv 1609.09430.
 
     python probe.py ckpt.pt                       the data it was trained on, if that has labels
     python probe.py ckpt.pt --data ESC-50-master  see README.md for the layouts

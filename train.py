@@ -44,7 +44,7 @@ class Config:
     data: str = setting("", "folder of audio (wav flac ogg opus mp3 aiff), or a text file of paths; none: built-in sounds")
     out: str = setting("ckpt.pt", "the checkpoint to write; the log goes beside it as .csv")
     model: str = setting("base", "size of the encoder: tiny, small or base (ViT-B)")
-    seconds: float = setting(10.0, "length of a clip: 10 as in the paper; 0.64 to 2.56 suits speech and short sounds")
+    seconds: float = setting(10.0, "length of a clip: 10 as in the paper; 0.64 to 1.28 suits speech and short sounds")
     steps: int = setting(100_000, "length of the run; all schedules stretch with it")
     batch_size: int = setting(256, "clips a step")
     lr: float = setting(0.0, "peak learning rate; 0.0: 3e-4 * sqrt(batch size / 256) * 768 / width")
@@ -129,12 +129,12 @@ class Trainer:
         """The first half of a training step, for waveforms (B, S): masks, patches, loss, gradients. `update` is the second;
         between them a bad loss can still stop the run.
 
-        Returns, on the device, still unread: loss (), norm of its gradient (), which is not clipped, predictions and goals
-        (B, M, K, D), targets (B, M, K).
+        Returns, on the device (to read one is to wait for it): loss (), norm of its gradient (), which is not clipped,
+        predictions and goals (B, M, K, D), targets (B, M, K).
         """
         context, targets = map(self.to_device, make_masks(self.config.mask, len(waveforms), self.config.seed, step))
         with torch.autocast(self.device.type, DTYPES[self.config.amp], enabled=self.config.amp != "off"):
-            patches = patchify(self.mel(self.to_device(waveforms)))                # (B, N, E)
+            patches = patchify(self.mel(self.to_device(waveforms)))                # (B, S) -> (B, F, T) -> (B, N, E)
             loss, predictions, goals = self.model(patches, context, targets)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -179,7 +179,7 @@ def save_checkpoint(content, path):
         if os.path.exists(aside):
             os.remove(aside)
         raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); the last checkpoint there, if any, is "
-                           "whole: make room, then use --resume") from error
+                         "whole: make room, then use --resume") from error
 
 
 def log_path(out):
@@ -228,7 +228,7 @@ class FailedReads:
         failed, reads = map(sum, zip(*self.recent))
         if batch.waveforms is None or reads >= 1000 and failed > MAX_FAILED * reads:
             raise InputError(f"{failed} of the last {reads} reads from {self.data} failed (reasons above); is it whole and "
-                            "mounted? The last checkpoint, if any, is good; --resume goes on from it")
+                             "mounted? The last checkpoint, if any, is good; --resume goes on from it")
 
 
 def train(config, checkpoint=None):
