@@ -77,7 +77,7 @@ def read_audio(path, position=0.0, n_samples=None):
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
 
-    One array of bytes, for a worker would copy two million Python strings by merely counting its references to them.
+    One array of bytes: reference counts would make each worker copy two million Python strings.
     Raises InputError if there is nothing to read.
     """
 

@@ -1,6 +1,6 @@
 """Chapter 2, masking: which patches the encoder sees and which the predictor must guess.
 
-In: the kind of mask, how many clips, seed and step. Out: the indices of the visible patches (`context`) and of the hidden ones
+In: the kind of mask, how many clips, seed and step. Out: the indices of the visible patches (`context`) and of those to guess
 (`targets`), row by row on the grid of 8 frequency rows x 16 time columns. No patch is ever in both.
 Sources: multi-block masks, I-JEPA (arXiv 2301.08243), section 3; random masks, Audio-JEPA (arXiv 2507.02915), section 2.
 Run `python masking.py` to see one of each. The letters B, N, C, M, K of the shapes are explained in model.py.
@@ -11,8 +11,8 @@ import torch
 ROWS, COLUMNS = 8, 16                 # the patch grid of one clip: frequency x time
 N_PATCHES = ROWS * COLUMNS
 N_BLOCKS = 4                          # M, target blocks a clip
-BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: all of 24 patches (19 % of the grid; I-JEPA draws 15 to 20 %) that are
-                                      # 0.75 to 1.5 times as large a share of the time axis as of the frequency axis
+BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: 24 patches, 19 % of the grid (I-JEPA: 15 to 20 %), that take 1.33 or
+                                      # 0.75 times the share of the time axis that they take of the frequency axis
 HIDDEN = 0.6                          # share of the patches that random masks hide
 
 

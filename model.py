@@ -79,7 +79,7 @@ def init_weights(model):
 class Encoder(nn.Module):
     """ViT over patches (B, N, E), or only those of the context (B, C) -> latents (B, N or C, D).
 
-    Hidden patches are dropped, not zeroed (MAE, arXiv 2111.06377, section 3): they cost nothing, and the encoder never meets a
+    The others are dropped, not zeroed (MAE, arXiv 2111.06377, section 3): they cost nothing, and the encoder never meets a
     placeholder that no clip holds.
     """
 
@@ -152,14 +152,13 @@ class AudioJEPA(nn.Module):
     def __init__(self, size):
         super().__init__()
         self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # the EMA alone moves it, never the loss
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)            # stop-gradient: the EMA alone moves it
 
-    @torch.no_grad()                                                               # stop-gradient
     def all_goals(self, patches):
         """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
         All, as in I-JEPA (section 3), so that a goal tells what a patch means among the others; Riou et al. found a target that
-        sees the hidden ones alone better. No gradient (stop-gradient; BYOL, 3.1), or the encoder would learn to set easy goals.
+        sees the hidden ones alone better. No gradient trains it (stop-gradient; BYOL, 3.1), or it would learn to set easy goals.
         Normalised over the features, as in I-JEPA's code: the target's own last norm has a learned scale, by which the goals
         could shrink and the loss with them; this one has none.
         """

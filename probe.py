@@ -156,7 +156,7 @@ def load_built_in(seconds):
 
 
 def drop_rare(data):
-    """Leave out the clips of classes that have fewer than two: with one, it is either never learned or never asked."""
+    """Leave out the clips of classes that have fewer than two: a lone clip is never trained on or never tested."""
     rare = data.labels.sum(0) < 2
     if rare.any():
         print(f"{int(rare.sum())} of {len(rare)} classes have fewer than two clips; left out")
@@ -186,7 +186,7 @@ def make_rounds(data):
         order = shuffled(everything)
         order = order[data.labels[order].argmax(1).argsort(stable=True)]
         fold = order.argsort() % min(5, len(data))
-    else:                                                                          # a split is the first round of three folds
+    else:                                                                          # a split: test is fold 0, valid 1, train 2
         names = SPLITS if is_split else sorted(groups)
         fold = torch.tensor([names.index(group) for group in data.groups])
     n_folds, rounds = int(fold.max()) + 1, []

@@ -1002,6 +1002,16 @@ def test_a_class_absent_from_training_counts_as_wrong():
     assert results["linear"]["accuracy"][2] == results["knn"]["accuracy"][2] == 0
 
 
+@pytest.mark.parametrize("command", ["train.py", "probe.py"])
+def test_help_names_every_flag(command, tmp_path):
+    done = run([command, "--help"], tmp_path)
+    flags = set(re.findall(r'"(--[a-z-]+)"', (HERE / command).read_text()))
+    assert done.returncode == 0 and not done.stderr and "ckpt.pt" in done.stdout
+    if command == "train.py":
+        flags |= {"--" + field.name.replace("_", "-") for field in train.dataclasses.fields(train.Config)}
+    assert len(flags) >= 8 and all(flag in done.stdout for flag in flags)
+
+
 def test_the_encoder_in_one_call(trained):
     encoder = model.load_encoder(trained / "ckpt.pt")
     assert encoder.output_dim == 8 * 192 and encoder.hop_seconds == pytest.approx(0.04)

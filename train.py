@@ -4,7 +4,7 @@ In: a folder of audio (`--data`), or nothing (built-in sounds). Out: a checkpoin
 a CSV log beside it. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, a few minutes on a laptop, no data needed
-    python train.py --data /path/audioset        the paper's size and length
+    python train.py --data /path/audioset        the paper's size and length, not its masks
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Config:
     steps: int = setting(100_000, "length of the run; all schedules stretch with it")
     batch_size: int = setting(256, "clips a step")
     lr: float = setting(0.0, "peak learning rate; 0.0: 3e-4 * sqrt(batch size / 256) * 768 / width")
-    mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (60 % of the patches)")
+    mask: str = setting("block", "block (I-JEPA's multi-block masks) or random (3 of 5 patches)")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
     amp: str = setting("auto", "mixed precision: bf16, fp16 or off (TF32 on CUDA); auto: bf16 or else fp16 on CUDA, else off")
     compile: bool = setting(None, "torch.compile the model; the default is on for CUDA, off elsewhere")
@@ -76,7 +76,7 @@ def peak_learning_rate(config):
 def learning_rate(step, config):
     """Linear warm-up over a twentieth of the run, then half a cosine down to 0.
 
-    Of 100,000 steps that is 5,000, which did better than 1,000 (as in the paper) and 10,000 in its authors' later sweeps.
+    Of 100,000 steps that is 5,000. The paper took 1,000; in its authors' later sweeps 5,000 beat both that and 10,000.
     """
     warmup = 0.05 * config.steps
     if step < warmup:
@@ -154,8 +154,8 @@ class Trainer:
 def spread(vectors, targets):
     """How much vectors (B, M, K, D) differ between clips where they belong to the same patch: their deviation, averaged.
 
-    The collapse meter: goals have unit variance over their features, so 1 says "all of it tells clips apart", 0 "all
-    clips alike". Predictions vary with the mask, too. Small batches read low: at a patch that one clip alone has in two
+    The collapse meter: goals have unit variance over their features, so 1 says "they vary with the clip alone", 0 "not
+    at all". Predictions vary with the mask, too. Small batches read low: at a patch that one clip alone has in two
     blocks there is nothing to differ.
     """
     where = torch.nn.functional.one_hot(targets.flatten(), N_PATCHES).float()      # (B M K, N)
