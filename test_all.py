@@ -357,6 +357,12 @@ def test_the_readme_tells_the_shapes_that_there_are():
     assert ledger == {name: str(tuple(tensor.shape[1:])) for name, tensor in stages.items()} | {"loss": str(tuple(loss.shape))}
 
 
+def test_the_readme_shows_what_masking_draws(tmp_path):
+    shown = re.findall(r"(?:    [#.1-4](?: [#.1-4]){15}\n){8}", (HERE / "README.md").read_text())
+    done = run(["masking.py"], tmp_path)
+    assert done.returncode == 0 and len(shown) == 1 and shown[0].replace("    ", "") in done.stdout
+
+
 def test_the_readme_cites_lines_that_hold_what_it_says():
     cited = re.findall(r"`(\w+\.py):(\d+)` `([^`]+)`", (HERE / "README.md").read_text())
     assert len(cited) > 10
