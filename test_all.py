@@ -97,7 +97,7 @@ def test_files_are_found_in_every_spelling_and_in_one_order(tmp_path):
     open(os.path.join(os.fsencode(tmp_path), b"bad\xff.wav"), "w").close()
     (tmp_path / "b" / "._x.FLAC").touch()                                          # what macOS leaves beside x.FLAC
     (tmp_path / "b" / "again").symlink_to(tmp_path)                                # round and round: not followed
-    (tmp_path / "b" / "root").symlink_to("/")                                        # nor through the whole disk
+    (tmp_path / "b" / "root").symlink_to("/")                                      # nor through the whole disk
     (tmp_path / "a link").symlink_to(tmp_path / "b" / "c")                         # elsewhere: followed
     files = data.AudioFiles(tmp_path)
     found = {os.path.relpath(files.path(i), os.fsencode(tmp_path)) for i in range(len(files))}
