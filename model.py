@@ -139,7 +139,9 @@ def redundancy(latents):
     Source: variance and covariance terms of VICReg (arXiv 2105.04906), 4.1; in a JEPA: C-JEPA (arXiv 2410.19560).
     """
     with torch.autocast(latents.device.type, enabled=False):
-        covariance = latents.float().flatten(0, 1).T.cov(correction=0)             # (D, D), over B and C
+        tokens = latents.float().flatten(0, 1)                                     # (B C, D)
+        tokens = tokens - tokens.mean(0)
+        covariance = tokens.T @ tokens / len(tokens)                               # (D, D); torch.cov would break the graph
         variance = covariance.diagonal()
         too_small = F.relu(1 - (variance + 1e-4).sqrt()).mean()                    # 1e-4: a root is infinitely steep at 0
         repeated = (covariance.square().sum() - variance.square().sum()) / len(variance)             # less each with itself

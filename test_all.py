@@ -323,6 +323,15 @@ def test_the_loss_by_hand_and_where_its_gradient_goes(jepa):
     assert all(p.grad is not None for p in [*jepa.encoder.parameters(), *jepa.predictor.parameters()])
 
 
+@pytest.mark.parametrize("kind", masking.MASKS)
+def test_compiled_the_loss_is_one_graph_for_every_step(jepa, kind):
+    compiled = torch.compile(jepa, fullgraph=True, backend="eager")                # fullgraph: a graph that breaks is an error
+    for step, stance in enumerate(["default", "fail_on_recompile", "fail_on_recompile"]):
+        patches, masks = torch.randn(2, 128, 256), masking.make_masks(kind, 2, seed=0, step=step)
+        with torch.compiler.set_stance(stance):
+            assert torch.equal(compiled(patches, *masks)[0], jepa(patches, *masks)[0])
+
+
 def test_redundancy_by_hand():
     ideal = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])[None]             # unit variance, uncorrelated
     assert model.redundancy(ideal) == pytest.approx(0, abs=1e-4)
