@@ -278,7 +278,8 @@ def test_sizes_and_initialisation(size, millions):
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 1) == millions
     linears = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert all(not m.bias.any() for m in linears)
-    assert all(m.weight.std().item() * m.in_features ** 0.5 == pytest.approx(1, abs=0.02) for m in linears)
+    deviations = [m.weight.std().item() * ((m.in_features + m.out_features) / 2) ** 0.5 for m in linears]
+    assert deviations == [pytest.approx(1, abs=0.02)] * len(linears)
 
 
 @pytest.fixture(scope="module")
