@@ -67,8 +67,8 @@ class Layer(nn.Module):
 def init_weights(model):
     """Xavier's uniform weights for every matrix, as in ViT's and MAE's code, so that signals keep their size; zero biases.
 
-    With PyTorch ViTs' usual deviation of 0.02 the layers of a narrow encoder start out nearly linear, and the first goals say
-    little of the sound (README, Results, compares). Source: Glorot and Bengio, AISTATS 2010.
+    With I-JEPA's normal ones of deviation 0.02 the layers of a narrow encoder start out nearly linear, and the first goals say
+    little of the sound; the README, Results, compares. Source: Glorot and Bengio, AISTATS 2010.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
