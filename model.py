@@ -160,7 +160,7 @@ class AudioJEPA(nn.Module):
         """What the predictor should find anywhere: the output of a target that sees all patches (B, N, E) -> (B, N, D).
 
         All, as in I-JEPA (section 3), so that a goal tells what a patch means among the others; Riou et al. found a target that
-        sees the hidden ones alone better. No gradient trains it (stop-gradient; BYOL, 3.1), or it would learn to set easy goals.
+        sees the hidden ones alone better. It gets no gradient (stop-gradient; BYOL, 3.1), or it would learn to set easy goals.
         Normalised over the features, as in I-JEPA's code: the target's own last norm has a learned scale, by which the goals
         could shrink and the loss with them; this one has none.
         """
