@@ -1025,7 +1025,7 @@ def test_help_names_every_flag(command, tmp_path):
     flags = set(re.findall(r'"(--[a-z-]+)"', (HERE / command).read_text()))
     assert done.returncode == 0 and not done.stderr and "ckpt.pt" in done.stdout
     if command == "train.py":
-        flags |= {"--" + field.name.replace("_", "-") for field in train.dataclasses.fields(train.Config)}
+        flags |= {"--" + name.replace("_", "-") for name in vars(train.Config())}
     assert len(flags) >= 8 and all(flag in done.stdout for flag in flags)
 
 
