@@ -1,280 +1,311 @@
-"""Chapter 1, data: from files on disk to batches of waveforms, and from waveforms to log-mel spectrograms.
+"""Chapter 1, data: from audio files to batches of waveforms, and from waveforms to patches.
 
-In: a folder, a text file of paths, or nothing (built-in sounds). Out: waveforms (B, S) at 32 kHz from the loader's
-workers, and from `LogMel`, on the training device, spectrograms (B, F, T). The letters are explained in model.py.
-Source: Audio-JEPA (arXiv 2507.02915), section 3. Batch number `step` is a pure function of (seed, step), so a resumed run
-sees exactly what an undisturbed one sees, however many workers read for it.
+In: a folder, a text file of paths, or nothing (built-in sounds). Out: waveforms (B, S) at 32 kHz
+from the loader; on the training device, log-mel spectrograms (B, F, T) and their patches (B, N, E).
+Source: Audio-JEPA (arXiv 2507.02915), section 3.
+
+The letters of all shapes in this project:
+    B   clips of a batch             S   samples of a clip, at 32 kHz
+    F   mel bands (128)              T   frames of a spectrogram (256)
+    N   patches of a clip (128)      E   values of a patch (16 bands x 16 frames = 256)
+    C   visible patches of a clip    M   blocks to predict, K hidden patches in each
+    D   width of the encoder         P   width of the predictor
+    T'  columns of patches in time   D'  = 8 D, the 8 patches of a column side by side
 """
 
-import atexit
+import collections
 import functools
+import hashlib
 import math
-import multiprocessing
 import os
+import shutil
 import signal
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio
+from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
-SAMPLE_RATE = 32_000                  # Hz, of every waveform that leaves this file
-N_MELS, N_FRAMES = 128, 256           # F, T: the spectrogram of one clip, whatever time it covers
-MEL_FLOOR = 1e-6                      # added before the logarithm: about the noise floor of a quiet recording
+SAMPLE_RATE = 32_000                  # Hz, of every waveform once it has been read
+N_MELS, N_FRAMES = 128, 256           # F, T: the spectrogram of a clip, however long the clip is
+PATCH = 16                            # bands and frames of a patch
+ROWS, COLUMNS = N_MELS // PATCH, N_FRAMES // PATCH      # the grid of patches: frequency x time
+N_PATCHES = ROWS * COLUMNS
+MEL_FLOOR = 1e-6                      # added before the logarithm: the noise of a quiet recording
 EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
 
-
 class InputError(Exception):
-    """Bad input, told in one line that says what is wrong and what to do; the commands print it and exit with 1."""
-
+    """Bad input, explained in one line; the commands print it and exit with code 1."""
 
 def hop_samples(seconds):
-    """Samples between two frames when a clip of 256 frames covers about `seconds`; 10 s gives the paper's 1250."""
+    """Samples between two of the 256 frames of a clip of `seconds`; 10 s gives the paper's 1250."""
     return round(seconds * SAMPLE_RATE / N_FRAMES)
 
-
-# ---- reading audio ----------------------------------------------------------------------------------------------------
+# ---- reading audio -----------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
-    """Makes (..., samples at `rate` Hz) into (..., samples at 32 kHz), with a kernel computed once.
+    """A function from (..., samples at `rate` Hz) to (..., samples at 32 kHz). Raises InputError.
 
-    A rate that shares few factors with 32,000 would need a giant kernel, so odd ones are rounded, to 25 Hz below 20 kHz, 50 Hz
-    below 40 kHz and so on: the pitch of a 4,013 Hz file moves by a third of a per cent, that of usual rates not at all.
+    Its kernel grows with the parts of the two rates that have no common factor: 44,100 Hz needs
+    0.1 million numbers, 44,101 Hz would need 1,400 million.
     """
-    step = 25 * 2 ** max(0, int(math.log2(rate / 10_000)))
-    return torchaudio.transforms.Resample(step * round(rate / step), SAMPLE_RATE)
+    common = math.gcd(rate, SAMPLE_RATE)
+    if rate < 1_000 or rate // common * (SAMPLE_RATE // common) > 4_000_000:
+        raise InputError(f"cannot resample {rate} Hz; convert it to {SAMPLE_RATE} Hz")
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
+def read_windows(path, n_samples, position=0.0):
+    """Yield one window after another, each (n_samples,), the last perhaps shorter: mono, float32.
 
-def read_audio(path, position=0.0, n_samples=None):
-    """Read a crop by seeking to it, so long recordings cost no more: mono float32 at 32 kHz, (at most n_samples,).
-
-    position: 0 takes the earliest crop, just under 1 the latest. n_samples: at 32 kHz, None for the whole file.
-    Raises InputError with the reason if there is no sound to be had.
+    position: where the first begins, from 0 for the start of the file to just under 1 for the last
+    place that leaves a whole window. The file is read by seeking, so a crop of a long recording
+    costs no more than one of a short. Raises InputError if the file cannot be used.
     """
     try:
         with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            if not 1_000 <= rate <= 1_000_000:
-                raise InputError(f"its header says {rate} Hz")
-            wanted = file.frames if n_samples is None else math.ceil(n_samples * rate / SAMPLE_RATE)
+            resample = resampler(file.samplerate)
+            wanted = math.ceil(n_samples * file.samplerate / SAMPLE_RATE)
             file.seek(int(position * max(0, file.frames - wanted + 1)))
-            samples = file.read(wanted, dtype="float32", always_2d=True)           # (samples, channels)
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:   # whatever a header may claim
-        raise InputError(str(error)) from error
-    if len(samples) == 0:
-        raise InputError("no samples")
-    if not -1e4 < samples.min() <= samples.max() < 1e4:                            # NaN fails every comparison
-        raise InputError("samples that are NaN, infinite or absurdly large")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    return resampler(rate)(torch.from_numpy(mono))[:n_samples]
+            while len(samples := file.read(wanted, dtype="float32", always_2d=True)) > 0:
+                if not -1e4 < samples.min() <= samples.max() < 1e4:     # NaN fails any comparison
+                    raise InputError("samples that are NaN, infinite or absurdly large")
+                mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+                yield resample(torch.from_numpy(mono))[:n_samples]
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        raise InputError(str(error)) from error      # a broken header can promise anything
 
-
-# ---- where clips come from ----------------------------------------------------------------------------------------------
+# ---- where clips come from ---------------------------------------------------------------------
 
 class AudioFiles:
-    """The audio files under a folder, or those that a text file lists one a line (relative paths: relative to it).
+    """The audio files under a folder, or those that a text file lists, one path a line.
 
-    One array of bytes: reference counts would make each worker copy two million Python strings.
-    Raises InputError if there is nothing to read.
+    Relative paths in a list start at its folder. Raises InputError if there is no audio. The paths
+    are one array of bytes: two million Python strings would be copied into every worker, because
+    looking at a string changes its reference count, and so its page of memory.
     """
 
     def __init__(self, root):
-        top, paths = os.fsencode(root), []
-        if os.path.isdir(top):
-            for folder, subfolders, names in os.walk(top, followlinks=True):
-                here = os.path.join(os.path.realpath(folder), b"")
-                subfolders[:] = sorted(name for name in subfolders                 # one order; follow no link back up
-                                       if not here.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), b"")))
-                paths += [os.path.join(folder, name) for name in sorted(names)
-                          if name.lower().endswith(EXTENSIONS) and not name.startswith(b"._")]       # macOS's own notes
-        elif os.path.isfile(top) and not top.lower().endswith(EXTENSIONS):
-            with open(top, "rb") as file:
-                lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()     # with which Windows begins some lists
-            paths = [os.path.join(os.path.dirname(top), line) for line in lines if line]
+        self.root = os.fsencode(root)
+        if os.path.isdir(self.root):
+            paths = self.find(self.root)
+        elif os.path.isfile(self.root):
+            with open(self.root, "rb") as file:
+                start = file.read(4096)
+                if b"\0" in start:
+                    raise InputError(f"{root}: neither a folder nor a text file of paths")
+                text = (start + file.read()).removeprefix(b"\xef\xbb\xbf")      # Windows' mark
+            self.root, paths = os.path.dirname(self.root), list(filter(None, text.splitlines()))
         else:
             raise InputError(f"{root}: no such folder, nor a text file with one path a line")
         if not paths:
-            raise InputError(f"{root}: no audio here (looked for {b' '.join(EXTENSIONS).decode()})")
-        self.paths = np.array(paths)                                               # (n,), all as wide as the longest
+            raise InputError(f"{root}: no audio here ({b' '.join(EXTENSIONS).decode()})")
+        self.paths = np.array(paths)                 # (n,) bytes, all as wide as the longest
+        self.fingerprint = hashlib.sha256(self.paths.tobytes()).hexdigest()
+
+    @staticmethod
+    def find(root):
+        """The audio files below a folder, relative to it, in one order on every machine."""
+        paths, visited, top = [], set(), os.path.realpath(root)
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            here = os.path.realpath(folder)
+            if here in visited or top.startswith(os.path.join(here, b"")):
+                subfolders.clear()                   # a link led here again, or above the top
+                continue
+            visited.add(here)
+            subfolders.sort()                        # os.walk goes on in this order
+            paths += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names)
+                      if name.lower().endswith(EXTENSIONS) and not name.startswith(b"._")]
+        return paths
 
     def __len__(self):
         return len(self.paths)
 
     def path(self, index):
         """The path of file `index`, as bytes: names need not be valid UTF-8."""
-        return bytes(self.paths[index])
+        return os.path.join(self.root, bytes(self.paths[index]))
 
     def name(self, index):
-        """The path as printable text for messages."""
-        return self.path(index).decode(errors="backslashreplace").replace("\n", "\\n")
+        """The path for messages, with control characters escaped."""
+        return repr(os.fsdecode(self.path(index)))
 
-    def crop(self, index, position, n_samples):
-        """See read_audio."""
-        return read_audio(self.path(index), position, n_samples)
-
+    def windows(self, index, n_samples, position=0.0):
+        """See read_windows."""
+        return read_windows(self.path(index), n_samples, position)
 
 def colored_noise(n, rng):
-    """Noise (n,) of unit deviation whose spectrum falls as 1 / f ** tilt, tilt drawn from white (0) to brown (1)."""
+    """Noise (n,) of unit deviation; its spectrum falls as 1 / f ** tilt, tilt between 0 and 1."""
     spectrum = np.fft.rfft(rng.standard_normal(n))
     spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
     noise = np.fft.irfft(spectrum, n)
     return noise / noise.std()
 
-
 def make_sound(kind, time, rng):
     """One sound of a class over `time` (seconds), at any level."""
-    sin, exp, pi, uniform = np.sin, np.exp, np.pi, rng.uniform
-    pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)                         # Hz; `rate` of everything that repeats
+    sin, exp, pi, uniform, n = np.sin, np.exp, np.pi, rng.uniform, len(time)
+    pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)       # Hz; rate of all that repeats
     swing = sin(2 * pi * rate * time + uniform(0, 6))
     steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
-    cycle = time * rate % 1                                                        # how much of the present one is over
-    voice, k = pitch / 3 + 60, np.arange(1, 31)                                    # Hz; harmonics of a low voice
+    cycle = time * rate % 1                          # how much of the present repetition is over
+    voice, k = pitch / 3 + 60, np.arange(1, 31)      # Hz; harmonics of a low voice
 
-    def harmonics(phase, amplitudes):                                              # sum of a_k sin(k phase), as a polynomial
+    def harmonics(phase, amplitudes):                # sum of a_k sin(k phase), as a polynomial
         return np.polynomial.polynomial.polyval(exp(1j * phase), [0, *amplitudes]).imag
 
-    def gliding(frequency):                                                        # harmonics of a pitch that changes
+    def gliding(frequency):                          # harmonics of a pitch that changes
         return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
 
-    def pulses(times):                                                             # a ringing click at each of `times`
-        train = np.zeros(len(time))
-        train[(times * SAMPLE_RATE).astype(int).clip(0, len(time) - 1)] = uniform(0.5, 1, len(times))
+    def pulses(times):                               # a ringing click at each of `times`
+        train = np.zeros(n)
+        train[(times * SAMPLE_RATE).astype(int).clip(0, n - 1)] = uniform(0.5, 1, len(times))
         ring = (exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
-        return np.fft.irfft(np.fft.rfft(train, 2 * len(time)) * np.fft.rfft(ring, 2 * len(time)))[:len(time)]
+        return np.fft.irfft(np.fft.rfft(train, 2 * n) * np.fft.rfft(ring, 2 * n))[:n]
 
     return {
         "harmonic": lambda: harmonics(steady, rolloff),
         "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
-                            for ratio in (1, 2.76, 5.4, 8.93, 11.34)),             # partials of no common pitch
-        "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
+                            for ratio in (1, 2.76, 5.4, 8.93, 11.34)),
+        "chirp": lambda: gliding(
+            pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
         "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
-        "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),                # even in time
-        "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),       # the same, at random times
-        "noise burst": lambda: colored_noise(len(time), rng) * exp(-time * uniform(1, 6)),
-        "pulsed noise": lambda: colored_noise(len(time), rng) * (1 + 0.9 * swing),
-        "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),          # a tone with the same tremolo
-        "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(len(time), rng)),
-        "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(              # three formants
-            exp(-((k * voice - formant) / 120) ** 2) for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
-        "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),     # short rising tones
+        "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),
+        "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),
+        "noise burst": lambda: colored_noise(n, rng) * exp(-time * uniform(1, 6)),
+        "pulsed noise": lambda: colored_noise(n, rng) * (1 + 0.9 * swing),
+        "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),
+        "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(n, rng)),
+        "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(
+            exp(-((k * voice - formant) / 120) ** 2)
+            for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
+        "bubbles": lambda: (sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle)),
     }[kind]()
 
-
 class BuiltInSounds:
-    """Procedural sounds for a first run with no data at hand: clip i is a pure function of i, its class is i mod 12.
+    """Synthetic sounds for a first run: clip i is a pure function of i, its class is i mod 12.
 
-    The classes differ in how the sound is made. Level, onset, length, noise and three octaves of pitch are drawn alike for all.
+    The classes differ in how the sound is made; all else is drawn alike for all of them.
     """
-
-    classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise", "engine", "crackle",
-               "vowel", "wobble", "bubbles")
-
-    def __init__(self, n_clips, seconds):
-        self.n_clips, self.n_samples = n_clips, hop_samples(seconds) * N_FRAMES
+    classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise",
+               "engine", "crackle", "vowel", "wobble", "bubbles")
+    fingerprint = "built-in sounds"
 
     def __len__(self):
-        return self.n_clips
+        return 2400
 
     def name(self, index):
         return f"built-in sound {index} ({self.classes[index % 12]})"
 
-    def crop(self, index, position, n_samples):
-        """The whole clip (S,): built-in clips are as long as a crop, so there is no position to choose."""
+    def windows(self, index, n_samples, position=0.0):
+        """Yield the clip, which is one window long at any length."""
         rng = np.random.default_rng([12, int(index)])
-        n_sound = self.n_samples // 256 * int(rng.uniform(77, 230))                # 0.3 to 0.9 of the clip
-        onset = rng.integers(self.n_samples - n_sound)
+        n_sound = n_samples // 256 * int(rng.uniform(77, 230))              # 0.3 to 0.9 of it
+        onset = rng.integers(n_samples - n_sound)
         sound = make_sound(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
-        sound *= np.minimum(1, np.minimum(np.arange(n_sound), np.arange(n_sound)[::-1]) / 320)       # no clicks at the ends
+        fade = np.minimum(1, np.arange(n_sound) / 320)                      # no clicks at the ends
+        sound *= np.minimum(fade, fade[::-1])
         level, noise_level = 10 ** rng.uniform(-1.6, -0.6), 10 ** rng.uniform(-2.6, -1.6)
-        clip = noise_level * colored_noise(self.n_samples, rng)
+        clip = noise_level * colored_noise(n_samples, rng)
         clip[onset:onset + n_sound] += level * sound / (np.sqrt(np.mean(sound ** 2)) + 1e-9)
-        return torch.from_numpy(clip.astype(np.float32))
+        yield torch.from_numpy(clip.astype(np.float32))
 
+# ---- crops and batches -------------------------------------------------------------------------
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
-
-class Batch(NamedTuple):
-    waveforms: torch.Tensor           # (B, S) float32 at 32 kHz, padded with zeros; None after 20 unusable files in a row
-    filled: torch.Tensor              # (B,) samples of each clip that are not padding; fewer clips if waveforms is None
-    failures: list                    # (name, reason) of every file that could not be used
-
-
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)                      # a batch can hold the seam of two epochs
 def epoch_order(seed, epoch, n_clips):
     """All clips in the random order of one epoch, (n_clips,)."""
-    order = np.arange(n_clips, dtype=np.int32)
-    np.random.default_rng([seed, epoch]).shuffle(order)                            # in place: every worker holds one of these
+    order = np.arange(n_clips, dtype=np.int32)       # half the memory of int64, in every worker
+    np.random.default_rng([seed, epoch]).shuffle(order)
     return order
 
+class Crops(torch.utils.data.Dataset):
+    """Crop i of a run is a pure function of (source, seed, i), so a resumed run sees what an
+    undisturbed one sees, however many workers read.
 
-class Batches(torch.utils.data.Dataset):
-    """Batch number `step`, a pure function of (source, seed, step): the clips, their crops, and the stand-ins.
-
-    Clips come in a fresh random order each epoch, one random crop of each; a batch may span two epochs. A file that
-    cannot be used is replaced by a random other one, and reported.
+    An epoch takes one random crop of every clip, in a new order. A file that cannot be used is
+    replaced by a random other one, and reported.
     """
 
-    def __init__(self, source, batch_size, n_samples, seed):
-        self.source, self.batch_size, self.n_samples, self.seed = source, batch_size, n_samples, seed
+    def __init__(self, source, n_samples, seed):
+        self.source, self.n_samples, self.seed = source, n_samples, seed
+        self.failures = 0                            # reads that failed so far in the run
 
-    def clips(self, step):
-        """The indices of the clips of one batch, (B,)."""
-        n, places = len(self.source), range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(epoch_order(self.seed, place // n, n)[place % n]) for place in places]
+    def read(self, i):
+        """Crop i, a waveform (at most S,), and a line of text for each file that failed on the way.
 
-    def __getitem__(self, step):
-        waveforms = torch.zeros(self.batch_size, self.n_samples)
-        filled, failures = torch.zeros(self.batch_size, dtype=torch.long), []
-        rng = np.random.default_rng([self.seed, 1 << 32, step])                   # 1 << 32: not the epochs' stream
-        positions = rng.random(self.batch_size)
-        for i, index in enumerate(self.clips(step)):
-            for _ in range(20):
-                try:
-                    clip = self.source.crop(index, positions[i], self.n_samples)
-                    break
-                except InputError as error:
-                    failures.append((self.source.name(index), str(error)))
-                    index = int(rng.integers(len(self.source)))
-            else:
-                return Batch(None, filled[:i], failures)
-            waveforms[i, :len(clip)] = clip
-            filled[i] = len(clip)
-        return Batch(waveforms, filled, failures)
+        After 20 failures in a row it is silence; so many failures end the run (see train.py).
+        """
+        epoch, place = divmod(i, len(self.source))
+        index, failures = int(epoch_order(self.seed, epoch, len(self.source))[place]), []
+        rng = np.random.default_rng([self.seed, 1 << 32, i])     # 1 << 32: not a stream of epochs
+        position = rng.random()
+        while len(failures) < 20:
+            try:
+                return next(self.source.windows(index, self.n_samples, position)), failures
+            except (InputError, StopIteration) as error:
+                failures.append(f"{self.source.name(index)}: {str(error) or 'no samples'}")
+                index = int(rng.integers(len(self.source)))
+        return torch.zeros(1), failures
 
+    def __getitem__(self, i):
+        """Crop i padded with silence to (S,), and its failures as one string."""
+        crop, failures = self.read(i)
+        return F.pad(crop, (0, self.n_samples - len(crop))), "\n".join(failures)
 
-def start_worker(_):
-    """In a worker: no answer to signals, which often go to all processes. The main one saves, then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def default_workers():
+    """Processes to read with: the cores that we may use less one, but at most 16."""
+    if hasattr(os, "sched_getaffinity"):             # it minds what a container or taskset allows
+        return min(16, len(os.sched_getaffinity(0)) - 1)
+    return min(16, (os.cpu_count() or 1) - 1)
 
+def ignore_signals(_):
+    """In a worker: a terminal sends Ctrl-C to all processes, but the main one decides."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-def end_workers():
-    """At the exit of the program. After an error, Python would send workers SIGTERM and wait; ours ignore it."""
-    for worker in multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD"):                                             # Windows has none
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)                          # or the DataLoader would raise for each
-        worker.kill()
+def load_batches(crops, batch_size, steps, workers, pin_memory):
+    """Yield the waveforms (B, S) of `steps` (a range). Print each file that fails once.
 
+    Closing this generator ends its workers. Raises InputError if they lack shared memory, or if
+    more than 5 % of the last 1,000 reads failed.
+    """
+    advice = "use --workers 0, or more shared memory (Docker: --shm-size 8g)"
+    held = 3 * workers * batch_size * crops.n_samples * 4        # bytes; a worker is 2 ahead
+    if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < held:
+        raise InputError(f"/dev/shm lacks the {held >> 20} MiB that the workers need; {advice}")
+    loader = torch.utils.data.DataLoader(
+        crops, batch_size, sampler=range(steps.start * batch_size, steps.stop * batch_size),
+        num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory,
+        timeout=600 if workers else 0)
+    told, recent = set(), collections.deque(maxlen=1000)
+    try:
+        for waveforms, failures in loader:
+            for lines in map(str.splitlines, failures):
+                for line in lines:
+                    if line not in told:
+                        print(f"unusable: {line}", flush=True)
+                        told.add(line)
+                crops.failures += len(lines)
+                recent.extend([1] * len(lines) + [0])
+            if len(recent) == 1000 and sum(recent) > 50:
+                raise InputError(f"{sum(recent)} of the last 1,000 reads failed (reasons above); "
+                                 "the last checkpoint is good, and --resume goes on from it")
+            yield waveforms
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # so begins torch when workers die or hang
+            raise
+        raise InputError(f"{str(error).splitlines()[0]}; {advice}") from error
 
-def make_loader(batches, steps, workers, device):
-    """A DataLoader over the batches numbered `steps`; each worker makes whole batches, in order, ahead of time."""
-    atexit.register(end_workers)
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
-                                       worker_init_fn=start_worker, pin_memory=device.type == "cuda")
-
-
-# ---- from waveform to spectrogram -----------------------------------------------------------------------------------------
+# ---- from waveforms to patches -----------------------------------------------------------------
 
 class LogMel(nn.Module):
-    """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, one frame a hop), on whatever device holds them.
+    """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, one frame for each hop).
 
-    Power in 128 bands, evenly spaced in mel, as the ear hears pitch (Slaney's formula), and as a logarithm, for the ear hears
-    ratios of loudness. One frame a hop; a hop is seconds / 256, a window 2.5 hops: the paper's geometry at 10 s (hop 39 ms), a
-    speech recogniser's at 2.56 s (10 ms). Short windows are padded to 1024 points, or bands would fall between two points of
-    the spectrum. `normalized`: else the power, and so MEL_FLOOR's meaning, would grow with the window.
+    The bands are evenly spaced in mel, as the ear hears pitch (Slaney's formula). The logarithm
+    makes equal ratios of power equal steps, as the ear hears loudness. A hop is seconds / 256, a
+    window 2.5 hops: the paper's geometry at 10 s (39 ms), a speech recogniser's at 2.56 s (10 ms).
     """
 
     def __init__(self, seconds):
@@ -282,31 +313,39 @@ class LogMel(nn.Module):
         self.hop = hop_samples(seconds)
         window = int(2.5 * self.hop)
         self.spectrogram = torchaudio.transforms.MelSpectrogram(
-            SAMPLE_RATE, n_fft=max(1024, 2 ** math.ceil(math.log2(window))), win_length=window, hop_length=self.hop,
-            f_min=20, n_mels=N_MELS, mel_scale="slaney", normalized="window", pad_mode="constant")
+            SAMPLE_RATE, hop_length=self.hop, win_length=window,
+            n_fft=max(1024, 2 ** math.ceil(math.log2(window))),  # with fewer, low bands are empty
+            f_min=20, n_mels=N_MELS, mel_scale="slaney", pad_mode="constant",
+            normalized="window")                     # divides by the root of the window's energy,
+                                                     # so noise is as loud with any window
         self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("deviation", torch.ones(()))
+        self.register_buffer("std", torch.ones(()))
 
     def log_mel(self, waveforms):
-        """Waveforms (B, S) of any length -> log-mel, not yet normalised, one frame around every hop (B, F, S // hop + 1)."""
-        with torch.autocast(waveforms.device.type, enabled=False):                 # a logarithm needs float32
-            parts = [self.spectrogram(part) for part in waveforms.split(8)]        # 8 short clips fit the CPU's cache:
-            return (torch.cat(parts) + MEL_FLOOR).log()                            # twice as fast
+        """Waveforms (B, any length) -> log-mel before normalisation (B, F, frames)."""
+        frames = math.ceil(waveforms.shape[1] / self.hop)        # not the one centred on the end
+        with torch.autocast(waveforms.device.type, enabled=False):          # logs need float32
+            parts = [self.spectrogram(part) for part in waveforms.split(8)]
+            return (torch.cat(parts) + MEL_FLOOR).log()[..., :frames]       # 8 fit the CPU's cache
 
     def forward(self, waveforms):
-        frames = math.ceil(waveforms.shape[1] / self.hop)                          # not the one centred on the clip's end
-        return (self.log_mel(waveforms)[..., :frames] - self.mean) / self.deviation
+        return (self.log_mel(waveforms) - self.mean) / self.std
 
-    def fit(self, batches):
-        """Set `mean` and `deviation` from the first 256 clips or more of the training, over the frames that hold sound."""
-        frames, device = [], self.mean.device
-        for step in range(math.ceil(256 / batches.batch_size)):
-            batch = batches[step]
-            if batch.waveforms is None:
-                raise InputError("20 unusable files in a row, the last " + ": ".join(batch.failures[-1]))
-            held = torch.arange(N_FRAMES, device=device) * self.hop < batch.filled.to(device)[:, None]       # (B, T)
-            log_mel = self.log_mel(batch.waveforms.to(device))[..., :N_FRAMES]
-            frames.append(log_mel.transpose(1, 2)[held])                           # (frames, F)
-        values = torch.cat(frames)
+    def fit(self, crops):
+        """Set `mean` and `std` from the first 256 crops of a run, without padding.
+
+        Returns the share of a clip that is sound, on average.
+        """
+        clips = [crops.read(i)[0].to(self.mean.device) for i in range(256)]
+        values = torch.cat([self.log_mel(clip[None]).flatten() for clip in clips])
         self.mean.copy_(values.mean())
-        self.deviation.copy_(values.std().clamp(min=1e-3))
+        self.std.copy_(values.std().clamp(min=1e-3))
+        return sum(map(len, clips)) / len(clips) / crops.n_samples
+
+def patchify(spectrograms):
+    """Cut spectrograms (B, F, T) into patches (B, N, E), all columns of the lowest row first."""
+    return rearrange(spectrograms, "b (row f) (column t) -> b (row column) (f t)", f=PATCH, t=PATCH)
+
+def to_columns(tokens):
+    """Put the 8 patches of a column side by side: tokens (B, N, D) -> (B, T', D')."""
+    return rearrange(tokens, "b (row column) d -> b column (row d)", row=ROWS)

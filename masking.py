@@ -1,84 +1,94 @@
-"""Chapter 2, masking: which patches the encoder sees and which the predictor must guess.
+"""Chapter 2, masking: which patches the encoder sees, and which the predictor must predict.
 
-In: the kind of mask, how many clips, seed and step. Out: the indices of the visible patches (`context`) and of those to guess
-(`targets`), row by row on the grid of 8 frequency rows x 16 time columns. No patch is ever in both.
-Sources: multi-block masks, I-JEPA (arXiv 2301.08243), section 3; random masks, Audio-JEPA (arXiv 2507.02915), section 2.
-Run `python masking.py` to see one of each. The letters B, N, C, M, K of the shapes are explained in model.py.
+In: the kind of mask, the number of clips, seed and step. Out: the indices of the visible patches
+(B, C) and of the hidden ones to predict (B, M, K), on the grid of 8 rows (frequency) x 16 columns
+(time), counted row by row. No patch is in both. `python masking.py` draws one.
+Sources: blocks, I-JEPA (arXiv 2301.08243), section 3; random, Audio-JEPA (2507.02915), section 2.
 """
+
+import sys
 
 import torch
 
-ROWS, COLUMNS = 8, 16                 # the patch grid of one clip: frequency x time
-N_PATCHES = ROWS * COLUMNS
-N_BLOCKS = 4                          # M, target blocks a clip
-BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: 24 patches, 19 % of the grid (I-JEPA: 15 to 20 %), that take 1.33 or
-                                      # 0.75 times the share of the time axis that they take of the frequency axis
-HIDDEN = 0.6                          # share of the patches that random masks hide
+from data import COLUMNS, N_FRAMES, N_PATCHES, PATCH, ROWS, BuiltInSounds, LogMel, hop_samples
 
+N_BLOCKS = 4                          # M, blocks to predict in each clip
+BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: 24 patches, 19 % of the grid (I-JEPA: 15 to
+                                      # 20 %), longer than high on a grid that is longer than high
+HIDDEN = 0.6                          # share that random masks hide (paper: .4 to .6; Riou: .6)
 
 def block_masks(n_clips, generator):
-    """Multi-block masks: four blocks to predict, each on its own, and a context outside all of them.
+    """Four blocks to predict, each on its own, and visible patches outside all of them.
 
-    Blocks hide whole events; a lone hidden patch could be filled in from its neighbours (I-JEPA, section 3; on audio, Riou et
-    al., arXiv 2405.08679, found random masks better; our short runs no difference). Blocks may overlap. Four that do not still
-    leave 32 of the 128 patches, so the context is always 32, drawn evenly from all that are left.
-    I-JEPA draws a new area at every step. One area in several shapes keeps the variety, and every tensor its shape, so
-    nothing recompiles.
-
-    Returns: context (B, C), targets (B, M, K), int64 patch indices.
+    A block hides a whole event, where a lone hidden patch could be filled in from its neighbours.
+    Blocks may overlap; four that do not would leave 32 of the 128 patches, so 32 of those that are
+    left are visible, drawn at random. I-JEPA draws a new size at every step. Here every block has
+    24 patches, so all tensors keep their shapes and torch.compile need not compile again.
+    Blocks inside a grid cannot treat all patches alike: a corner is hidden in 2 % of the clips, a
+    patch in the middle in 44 %.
+    Returns: visible (B, C), hidden (B, M, K), int64 patch indices.
     """
-    shapes = torch.tensor(BLOCK_SHAPES)                                             # (n_shapes, 2)
-    offsets = torch.stack([                                                         # (n_shapes, K): patches from its corner on
-        (torch.arange(h)[:, None] * COLUMNS + torch.arange(w)).flatten() for h, w in BLOCK_SHAPES])
-
+    shapes = torch.tensor(BLOCK_SHAPES)                                 # (n_shapes, 2)
+    offsets = torch.stack([(torch.arange(rows)[:, None] * COLUMNS + torch.arange(columns)).flatten()
+                           for rows, columns in BLOCK_SHAPES])        # (n_shapes, K), from a corner
     uniform = torch.rand(3, n_clips, N_BLOCKS, generator=generator)
-    which = (uniform[0] * len(shapes)).long()                                       # (B, M) of the shapes
-    free_rows, free_columns = ROWS - shapes[which, 0], COLUMNS - shapes[which, 1]
-    row = (uniform[1] * (free_rows + 1)).long()                                     # I-JEPA omits the + 1: its last row and
-    column = (uniform[2] * (free_columns + 1)).long()                               # column are never targets
-    targets = (row * COLUMNS + column)[..., None] + offsets[which]                  # (B, M, K)
-
-    # Every patch gets a random key below 1, hidden ones get 2: the smallest keys are a random choice of what is left.
-    keys = torch.rand(n_clips, N_PATCHES, generator=generator).scatter_(1, targets.flatten(1), 2.0)
-    n_context = N_PATCHES - N_BLOCKS * offsets.shape[1]                             # C = 32
-    return keys.topk(n_context, largest=False).indices, targets
-
+    shape = (uniform[0] * len(shapes)).long()                           # (B, M) which of the shapes
+    free_rows, free_columns = ROWS - shapes[shape, 0], COLUMNS - shapes[shape, 1]
+    row = (uniform[1] * (free_rows + 1)).long()      # I-JEPA's code omits the + 1, so its last row
+    column = (uniform[2] * (free_columns + 1)).long()            # and column are never predicted
+    hidden = (row * COLUMNS + column)[..., None] + offsets[shape]       # (B, M, K)
+    # Every patch gets a random key below 1, the hidden ones get 2; the smallest keys are visible.
+    keys = torch.rand(n_clips, N_PATCHES, generator=generator).scatter_(1, hidden.flatten(1), 2.0)
+    n_visible = N_PATCHES - N_BLOCKS * offsets.shape[1]                 # C = 32
+    return keys.topk(n_visible, largest=False).indices, hidden
 
 def random_masks(n_clips, generator):
-    """Unstructured masks: a random 60 % of the patches are hidden and predicted in one go (M = 1).
+    """A random 60 % of the patches are hidden, and all of them predicted at once (M = 1).
 
-    The paper draws 40 to 60 % anew for every batch; we keep one share, so the shapes never change. The share is that of
-    Riou et al. (arXiv 2405.08679).
-
-    Returns: context (B, C), targets (B, 1, K), int64 patch indices.
+    The paper draws the share anew for every batch; one share keeps the shapes.
+    Returns: visible (B, C), hidden (B, 1, K), int64 patch indices.
     """
-    n_target = round(HIDDEN * N_PATCHES)
+    n_hidden = round(HIDDEN * N_PATCHES)
     order = torch.rand(n_clips, N_PATCHES, generator=generator).argsort(dim=1)
-    return order[:, n_target:], order[:, None, :n_target]
-
+    return order[:, n_hidden:], order[:, None, :n_hidden]
 
 MASKS = {"block": block_masks, "random": random_masks}
 
-
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step): context (B, C), targets (B, M, K). kind: one of MASKS."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return MASKS[kind](n_clips, generator)
+    """The masks of one step, a pure function of (seed, step): visible (B, C), hidden (B, M, K)."""
+    return MASKS[kind](n_clips, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
+def draw(spectrogram, visible, hidden, color):
+    """One clip's spectrogram (F, T) under its masks (C,) and (M, K), as text, high bands on top.
 
-def draw(context, targets):
-    """One clip's masks as text, high frequencies on top: `#` visible, 1-4 hidden (the last block drawn), `.` neither."""
-    cells = ["."] * N_PATCHES
-    for symbol, patches in zip("#123456789", [context, *targets]):
+    Shades show the level. A digit marks a hidden patch with its block (the last, where blocks
+    overlap), an x one that is neither visible nor predicted. color: use a terminal's greys.
+    """
+    marks = ["x"] * N_PATCHES
+    for mark, patches in zip(" 123456789", [visible, *hidden]):
         for patch in patches.tolist():
-            cells[patch] = symbol
-    rows = [" ".join(cells[r * COLUMNS:(r + 1) * COLUMNS]) for r in range(ROWS)]
-    return "\n".join(reversed(rows))
-
+            marks[patch] = mark
+    level = spectrogram.unfold(0, PATCH // 2, PATCH // 2).unfold(1, PATCH // 4, PATCH // 4)
+    level = level.mean((2, 3))                       # a patch is 2 lines of 4 characters
+    level = ((level - level.min()) / (level.max() - level.min()) * 9).round().int().tolist()
+    lines = []
+    for y in reversed(range(2 * ROWS)):
+        line = ""
+        for x in range(4 * COLUMNS):
+            mark, shade = marks[y // 2 * COLUMNS + x // 4], level[y][x]
+            if color:
+                line += f"\x1b[48;5;{233 + 2 * shade}m\x1b[1;33m{mark}\x1b[0m"
+            else:
+                line += mark if mark != " " and x % 2 else " .:-=+*#%@"[shade]
+        lines.append(line)
+    return "\n".join(lines)
 
 if __name__ == "__main__":
+    sound = next(BuiltInSounds().windows(3, hop_samples(1.28) * N_FRAMES))
+    spectrogram = LogMel(1.28).log_mel(sound[None])[0]
     for kind in MASKS:
-        context, targets = make_masks(kind, n_clips=1, seed=0, step=0)
-        print(f"{kind}: {context.shape[1]} of {N_PATCHES} patches visible, {targets.shape[1]} target block(s) "
-              f"of {targets.shape[2]} patches (# visible, digits hidden, . not used; time goes right, pitch up)")
-        print(draw(context[0], targets[0]), end="\n\n")
+        visible, hidden = make_masks(kind, n_clips=1, seed=0, step=0)
+        print(f"{kind} masks: {visible.shape[1]} of {N_PATCHES} patches visible; "
+              f"{hidden.shape[1]} block(s) of {hidden.shape[2]} to predict, marked by digits; "
+              "x: neither")
+        print(draw(spectrogram, visible[0], hidden[0], sys.stdout.isatty()), end="\n\n")
