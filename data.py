@@ -44,7 +44,7 @@ def hop_samples(seconds):
     """Samples between two of the 256 frames of a clip of `seconds`; 10 s gives the paper's 1250."""
     return round(seconds * SAMPLE_RATE / N_FRAMES)
 
-# ---- reading audio -----------------------------------------------------------------------------
+# ---- where clips come from ---------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
@@ -57,28 +57,6 @@ def resampler(rate):
     if rate < 1_000 or rate // common * (SAMPLE_RATE // common) > 4_000_000:
         raise InputError(f"cannot resample {rate} Hz; convert it to {SAMPLE_RATE} Hz")
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
-
-def read_windows(path, n_samples, position=0.0):
-    """Yield one window after another, each (n_samples,), the last perhaps shorter: mono, float32.
-
-    position: where the first begins, from 0 for the start of the file to just under 1 for the last
-    place that leaves a whole window. The file is read by seeking, so a crop of a long recording
-    costs no more than one of a short. Raises InputError if the file cannot be used.
-    """
-    try:
-        with soundfile.SoundFile(path) as file:
-            resample = resampler(file.samplerate)
-            wanted = math.ceil(n_samples * file.samplerate / SAMPLE_RATE)
-            file.seek(int(position * max(0, file.frames - wanted + 1)))
-            while len(samples := file.read(wanted, dtype="float32", always_2d=True)) > 0:
-                if not -1e4 < samples.min() <= samples.max() < 1e4:     # NaN fails any comparison
-                    raise InputError("samples that are NaN, infinite or absurdly large")
-                mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-                yield resample(torch.from_numpy(mono))[:n_samples]
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        raise InputError(str(error)) from error      # a broken header can promise anything
-
-# ---- where clips come from ---------------------------------------------------------------------
 
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists, one path a line.
@@ -133,8 +111,25 @@ class AudioFiles:
         return repr(os.fsdecode(self.path(index)))
 
     def windows(self, index, n_samples, position=0.0):
-        """See read_windows."""
-        return read_windows(self.path(index), n_samples, position)
+        """Yield one window of file `index` after another, mono float32 at 32 kHz: (n_samples,), the
+        last perhaps shorter.
+
+        position: where the first begins, from 0 for the start of the file to just under 1 for the
+        last place that leaves a whole window. The file is read by seeking, so a crop of a long
+        recording costs no more than one of a short. Raises InputError if it cannot be used.
+        """
+        try:
+            with soundfile.SoundFile(self.path(index)) as file:
+                resample = resampler(file.samplerate)
+                wanted = math.ceil(n_samples * file.samplerate / SAMPLE_RATE)
+                file.seek(int(position * max(0, file.frames - wanted + 1)))
+                while len(samples := file.read(wanted, dtype="float32", always_2d=True)) > 0:
+                    if not -1e4 < samples.min() <= samples.max() < 1e4:  # NaN fails any comparison
+                        raise InputError("samples that are NaN, infinite or absurdly large")
+                    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+                    yield resample(torch.from_numpy(mono))[:n_samples]
+        except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+            raise InputError(str(error)) from error  # a broken header can promise anything
 
 def colored_noise(n, rng):
     """Noise (n,) of unit deviation; its spectrum falls as 1 / f ** tilt, tilt between 0 and 1."""
@@ -194,9 +189,6 @@ class BuiltInSounds:
 
     def __len__(self):
         return 2400
-
-    def name(self, index):
-        return f"built-in sound {index} ({self.classes[index % 12]})"
 
     def windows(self, index, n_samples, position=0.0):
         """Yield the clip, which is one window long at any length."""

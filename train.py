@@ -40,6 +40,9 @@ FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 FORMAT = "audio-jepa 2"               # of the checkpoints
 COLLAPSED = 0.1                       # the spread of a healthy run soon rises above 0.5
+LOG_HEAD = "    step / of       loss       lr  spread  explained   kNN  clips/s  waiting      left"
+LOG_LINE = ("{step:8} / {0:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explained:9.2f}  {knn:>4}  "
+            "{clips_per_second:7,.0f}  {waiting:7.0%}  {1!s:>8}")
 
 # ---- schedules: pure functions of the step, so a resumed run cannot drift ----------------------
 
@@ -139,7 +142,8 @@ class Stop:
     def __init__(self):
         self.signum, self.waiting = None, False
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):     # Windows lacks one
-            signal.signal(getattr(signal, name), self.answer)
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:   # as nohup wants it
+                signal.signal(getattr(signal, name), self.answer)
 
     def answer(self, signum, _):
         self.signum, name = signum, signal.Signals(signum).name
@@ -170,17 +174,12 @@ class Log:
         passed, steps = time.perf_counter() - self.start, self.config.steps
         row |= {"clips_per_second": self.clips / passed, "waiting": self.waited / passed}
         left = (steps - row["step"]) * self.config.batch_size / row["clips_per_second"]
-        if not self.rows:
-            print("    step / of       loss       lr  spread  explained   kNN  clips/s  waiting"
-                  "     left")
         self.rows.append(row)
         with open(self.path, "w", newline="") as file:
             table = csv.DictWriter(file, row)
             table.writeheader()
             table.writerows(self.rows)
-        print("{step:8} / {0:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explained:9.2f}  {knn:4}  "
-              "{clips_per_second:7,.0f}  {waiting:7.0%}  {1!s:>8}".format(
-                  steps, datetime.timedelta(seconds=round(left)), **row), flush=True)
+        print(LOG_LINE.format(steps, datetime.timedelta(seconds=round(left)), **row), flush=True)
         self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -241,7 +240,8 @@ def train(config, checkpoint=None):
     if config.compile:
         model.compile()                              # in place: parameters keep their names
     print(f"{len(source):,} clips; log-mel {mel.mean:.2f} +- {mel.std:.2f}; encoder of "
-          f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M weights", flush=True)
+          f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M weights\n{LOG_HEAD}",
+          flush=True)
 
     steps = range(done, config.steps)
     batches = load_batches(crops, config.batch_size, steps, config.workers, device.type == "cuda")
@@ -265,13 +265,13 @@ def train(config, checkpoint=None):
             if done % config.log_every == 0 or done == config.steps:
                 check_finite(f"at step {done}", [loss, *model.parameters()])
                 with autocast:
-                    knn = "" if config.data else f"{knn_of_sounds(model, mel, crops):4.0%}"
+                    knn = "" if config.data else f"{knn_of_sounds(model, mel, crops):.0%}"
                 row = {"step": done, "loss": loss.item(), "lr": learning_rate(step, config),
                        "momentum": momentum(step, config), "spread": spread(targets), "knn": knn,
                        "explained": explained(predictions, targets, hidden),
                        "failures": crops.failures}
                 log.write(row)
-                if row["spread"] < COLLAPSED:
+                if [old for old in log.rows if old["spread"] < COLLAPSED] == [row]:      # the first
                     print("warning: all clips have nearly the same targets. Either the clips are "
                           "mostly silence (choose a shorter --seconds), or the run has collapsed "
                           "(try a lower --lr or a larger --batch-size).", flush=True)
