@@ -180,6 +180,11 @@ class Log:
             table.writeheader()
             table.writerows(self.rows)
         print(LOG_LINE.format(steps, datetime.timedelta(seconds=round(left)), **row), flush=True)
+        low = [old for old in self.rows if old["spread"] < COLLAPSED]
+        if low == [row] and self.config.batch_size > 1:          # a single clip has no spread
+            print("warning: all clips have nearly the same targets. Either the clips are mostly "
+                  "silence (choose a shorter --seconds), or the run has collapsed (try a lower "
+                  "--lr or a larger --batch-size).", flush=True)
         self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -266,15 +271,10 @@ def train(config, checkpoint=None):
                 check_finite(f"at step {done}", [loss, *model.parameters()])
                 with autocast:
                     knn = "" if config.data else f"{knn_of_sounds(model, mel, crops):.0%}"
-                row = {"step": done, "loss": loss.item(), "lr": learning_rate(step, config),
-                       "momentum": momentum(step, config), "spread": spread(targets), "knn": knn,
-                       "explained": explained(predictions, targets, hidden),
-                       "failures": crops.failures}
-                log.write(row)
-                if [old for old in log.rows if old["spread"] < COLLAPSED] == [row]:      # the first
-                    print("warning: all clips have nearly the same targets. Either the clips are "
-                          "mostly silence (choose a shorter --seconds), or the run has collapsed "
-                          "(try a lower --lr or a larger --batch-size).", flush=True)
+                log.write({"step": done, "loss": loss.item(), "lr": learning_rate(step, config),
+                           "momentum": momentum(step, config), "spread": spread(targets),
+                           "explained": explained(predictions, targets, hidden), "knn": knn,
+                           "failures": crops.failures})
             if done % config.save_every == 0:
                 save()
             if stop.signum:
@@ -339,8 +339,8 @@ def find_amp(device):
 def resolve(given, resumed):
     """All settings of a run, from those given on the command line, and the checkpoint at `resumed`,
     or None. Raises InputError if such a run cannot be made, or not be saved."""
-    device, checkpoint = find_device(given.get("device", "auto")), None
     if resumed is None:
+        checkpoint, device = None, find_device(given.get("device", "auto"))
         recipe = "sounds" if "data" not in given else "paper" if device == "cuda" else "laptop"
         recipe = given.get("recipe", recipe)
         usual = dict(data=None, recipe=recipe, out="ckpt.pt", amp="auto", seed=0,
@@ -348,6 +348,7 @@ def resolve(given, resumed):
     else:
         checkpoint = load_checkpoint(resumed)
         usual = checkpoint["config"] | {"out": resumed}
+        device = find_device(given.get("device", usual["device"]))
         if fixed := given.keys() - FREE_ON_RESUME:
             raise InputError(f"{resumed} keeps the settings that it began with; leave out --"
                              + ", --".join(sorted(fixed)).replace("_", "-"))
