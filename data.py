@@ -36,6 +36,7 @@ ROWS, COLUMNS = N_MELS // PATCH, N_FRAMES // PATCH      # the grid of patches: f
 N_PATCHES = ROWS * COLUMNS
 MEL_FLOOR = 1e-6                      # added before the logarithm: the noise of a quiet recording
 EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 class InputError(Exception):
     """Bad input, explained in one line; the commands print it and exit with code 1."""
@@ -48,23 +49,17 @@ def hop_samples(seconds):
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
-    """A function from (..., samples at `rate` Hz) to (..., samples at 32 kHz). Raises InputError.
-
-    Its kernel grows with the parts of the two rates that have no common factor: 44,100 Hz needs
-    0.1 million numbers, 44,101 Hz would need 1,400 million.
-    """
+    """A function from (..., samples at `rate` Hz) to (..., samples at 32 kHz). Raises InputError
+    for a kernel too large: 44,100 Hz needs 0.1 million numbers, 44,101 Hz needs 1,400 million."""
     common = math.gcd(rate, SAMPLE_RATE)
     if rate < 1_000 or rate // common * (SAMPLE_RATE // common) > 4_000_000:
         raise InputError(f"cannot resample {rate} Hz; convert it to {SAMPLE_RATE} Hz")
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
 class AudioFiles:
-    """The audio files under a folder, or those that a text file lists, one path a line.
-
-    Relative paths in a list start at its folder. Raises InputError if there is no audio. The paths
-    are one array of bytes: two million Python strings would be copied into every worker, because
-    looking at a string changes its reference count, and so its page of memory.
-    """
+    """The audio files under a folder, or those that a text file lists, one path a line, relative to
+    its folder. Raises InputError if there is no audio. The paths are one array of bytes: of two
+    million strings every worker would get a copy, as soon as it counted references to them."""
 
     def __init__(self, root):
         self.root = os.fsencode(root)
@@ -102,8 +97,7 @@ class AudioFiles:
     def __len__(self):
         return len(self.paths)
 
-    def path(self, index):
-        """The path of file `index`, as bytes: names need not be valid UTF-8."""
+    def path(self, index):                           # bytes: names need not be valid UTF-8
         return os.path.join(self.root, bytes(self.paths[index]))
 
     def name(self, index):
@@ -112,11 +106,10 @@ class AudioFiles:
 
     def windows(self, index, n_samples, position=0.0):
         """Yield one window of file `index` after another, mono float32 at 32 kHz: (n_samples,), the
-        last perhaps shorter.
+        last perhaps shorter. Raises InputError if the file cannot be used.
 
         position: where the first begins, from 0 for the start of the file to just under 1 for the
-        last place that leaves a whole window. The file is read by seeking, so a crop of a long
-        recording costs no more than one of a short. Raises InputError if it cannot be used.
+        last place that leaves a whole window. Seeking there makes a long file as cheap as a short.
         """
         try:
             with soundfile.SoundFile(self.path(index)) as file:
@@ -140,7 +133,7 @@ def colored_noise(n, rng):
 
 def make_sound(kind, time, rng):
     """One sound of a class over `time` (seconds), at any level."""
-    sin, exp, pi, uniform, n = np.sin, np.exp, np.pi, rng.uniform, len(time)
+    sin, exp, pi, uniform, n, end = np.sin, np.exp, np.pi, rng.uniform, len(time), time[-1]
     pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)       # Hz; rate of all that repeats
     swing = sin(2 * pi * rate * time + uniform(0, 6))
     steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
@@ -163,11 +156,10 @@ def make_sound(kind, time, rng):
         "harmonic": lambda: harmonics(steady, rolloff),
         "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
                             for ratio in (1, 2.76, 5.4, 8.93, 11.34)),
-        "chirp": lambda: gliding(
-            pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / time[-1])),
+        "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / end)),
         "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
-        "clicks": lambda: pulses(np.arange(0, time[-1], 1 / rate)),
-        "crackle": lambda: pulses(uniform(0, time[-1], int(rate * time[-1]) + 2)),
+        "clicks": lambda: pulses(np.arange(0, end, 1 / rate)),
+        "crackle": lambda: pulses(uniform(0, end, int(rate * end) + 2)),
         "noise burst": lambda: colored_noise(n, rng) * exp(-time * uniform(1, 6)),
         "pulsed noise": lambda: colored_noise(n, rng) * (1 + 0.9 * swing),
         "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),
@@ -175,14 +167,12 @@ def make_sound(kind, time, rng):
         "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(
             exp(-((k * voice - formant) / 120) ** 2)
             for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
-        "bubbles": lambda: (sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle)),
+        "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),
     }[kind]()
 
 class BuiltInSounds:
-    """Synthetic sounds for a first run: clip i is a pure function of i, its class is i mod 12.
-
-    The classes differ in how the sound is made; all else is drawn alike for all of them.
-    """
+    """Synthetic sounds for a first run: clip i is a pure function of i, its class is i mod 12. The
+    classes differ in how the sound is made; all else is drawn alike for all of them."""
     classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise",
                "engine", "crackle", "vowel", "wobble", "bubbles")
     fingerprint = "built-in sounds"
@@ -214,11 +204,8 @@ def epoch_order(seed, epoch, n_clips):
 
 class Crops(torch.utils.data.Dataset):
     """Crop i of a run is a pure function of (source, seed, i), so a resumed run sees what an
-    undisturbed one sees, however many workers read.
-
-    An epoch takes one random crop of every clip, in a new order. A file that cannot be used is
-    replaced by a random other one, and reported.
-    """
+    undisturbed one sees, however many workers read. An epoch takes one random crop of every clip,
+    in a new order. A file that cannot be used is replaced by a random other one, and reported."""
 
     def __init__(self, source, n_samples, seed):
         self.source, self.n_samples, self.seed = source, n_samples, seed
@@ -226,9 +213,7 @@ class Crops(torch.utils.data.Dataset):
 
     def read(self, i):
         """Crop i, a waveform (at most S,), and a line of text for each file that failed on the way.
-
-        After 20 failures in a row it is silence; so many failures end the run (see train.py).
-        """
+        After 20 failures in a row it is silence; `load_batches` ends a run with so many."""
         epoch, place = divmod(i, len(self.source))
         index, failures = int(epoch_order(self.seed, epoch, len(self.source))[place]), []
         rng = np.random.default_rng([self.seed, 1 << 32, i])     # 1 << 32: not a stream of epochs
@@ -254,17 +239,15 @@ def default_workers():
 
 def ignore_signals(_):
     """In a worker: a terminal sends Ctrl-C to all processes, but the main one decides."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 def load_batches(crops, batch_size, steps, workers, pin_memory):
-    """Yield the waveforms (B, S) of `steps` (a range). Print each file that fails once.
-
-    Closing this generator ends its workers. Raises InputError if they lack shared memory, or if
-    more than 5 % of the last 1,000 reads failed.
-    """
-    advice = "use --workers 0, or more shared memory (Docker: --shm-size 8g)"
+    """Yield the waveforms (B, S) of `steps` (a range), and print each file that fails once. Closing
+    this generator ends its workers. Raises InputError if they lack shared memory, or die, or if
+    more than 5 % of the last 1,000 reads failed."""
     held = 3 * workers * batch_size * crops.n_samples * 4        # bytes; a worker is 2 ahead
+    advice = f"use --workers 0, or more shared memory (Docker: --shm-size {(held >> 29) + 1}g)"
     if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < held:
         raise InputError(f"/dev/shm lacks the {held >> 20} MiB that the workers need; {advice}")
     loader = torch.utils.data.DataLoader(
@@ -295,10 +278,9 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
 class LogMel(nn.Module):
     """Waveforms (B, S) -> normalised log-mel spectrograms (B, F, one frame for each hop).
 
-    The bands are evenly spaced in mel, as the ear hears pitch (Slaney's formula). The logarithm
-    makes equal ratios of power equal steps, as the ear hears loudness. A hop is seconds / 256, a
-    window 2.5 hops: the paper's geometry at 10 s (39 ms), a speech recogniser's at 2.56 s (10 ms).
-    """
+    The bands are evenly spaced in mel, as the ear hears pitch (Slaney's formula); the logarithm
+    follows how it hears loudness. A hop is seconds / 256, a window 2.5 hops: the paper's geometry
+    at 10 s (39 ms), a speech recogniser's at 2.56 s (10 ms)."""
 
     def __init__(self, seconds):
         super().__init__()
@@ -324,10 +306,8 @@ class LogMel(nn.Module):
         return (self.log_mel(waveforms) - self.mean) / self.std
 
     def fit(self, crops):
-        """Set `mean` and `std` from the first 256 crops of a run, without padding.
-
-        Returns the share of a clip that is sound, on average.
-        """
+        """Set `mean` and `std` from the first 256 crops of a run, without padding. Returns the
+        share of a clip that is sound, on average."""
         clips = [crops.read(i)[0].to(self.mean.device) for i in range(256)]
         values = torch.cat([self.log_mel(clip[None]).flatten() for clip in clips])
         self.mean.copy_(values.mean())

@@ -15,7 +15,7 @@ from data import COLUMNS, N_FRAMES, N_PATCHES, PATCH, ROWS, BuiltInSounds, LogMe
 N_BLOCKS = 4                          # M, blocks to predict in each clip
 BLOCK_SHAPES = ((3, 8), (4, 6))       # rows x columns: 24 patches, 19 % of the grid (I-JEPA: 15 to
                                       # 20 %), longer than high on a grid that is longer than high
-HIDDEN = 0.6                          # share that random masks hide (paper: .4 to .6; Riou: .6)
+HIDDEN_SHARE = 0.6                    # that random masks hide (paper: .4 to .6; Riou: .6)
 
 def block_masks(n_clips, generator):
     """Four blocks to predict, each on its own, and visible patches outside all of them.
@@ -23,11 +23,10 @@ def block_masks(n_clips, generator):
     A block hides a whole event, where a lone hidden patch could be filled in from its neighbours.
     Blocks may overlap; four that do not would leave 32 of the 128 patches, so 32 of those that are
     left are visible, drawn at random. I-JEPA draws a new size at every step. Here every block has
-    24 patches, so all tensors keep their shapes and torch.compile need not compile again.
-    Blocks inside a grid cannot treat all patches alike: a corner is hidden in 2 % of the clips, a
-    patch in the middle in 44 %.
-    Returns: visible (B, C), hidden (B, M, K), int64 patch indices.
-    """
+    24 patches, so all shapes stay and torch.compile need not compile again. Blocks inside a grid
+    favour its middle: one block covers a corner in 2 % of all draws and a patch in the middle in
+    44 %, so four of them hide the corner in 7 % of the clips, the middle in 90 %.
+    Returns: visible (B, C), hidden (B, M, K), int64 patch indices."""
     shapes = torch.tensor(BLOCK_SHAPES)                                 # (n_shapes, 2)
     offsets = torch.stack([(torch.arange(rows)[:, None] * COLUMNS + torch.arange(columns)).flatten()
                            for rows, columns in BLOCK_SHAPES])        # (n_shapes, K), from a corner
@@ -43,12 +42,10 @@ def block_masks(n_clips, generator):
     return keys.topk(n_visible, largest=False).indices, hidden
 
 def random_masks(n_clips, generator):
-    """A random 60 % of the patches are hidden, and all of them predicted at once (M = 1).
-
-    The paper draws the share anew for every batch; one share keeps the shapes.
-    Returns: visible (B, C), hidden (B, 1, K), int64 patch indices.
-    """
-    n_hidden = round(HIDDEN * N_PATCHES)
+    """A random 60 % of the patches are hidden, and all of them predicted at once (M = 1). The paper
+    draws the share anew for every batch; one share keeps the shapes.
+    Returns: visible (B, C), hidden (B, 1, K), int64 patch indices."""
+    n_hidden = round(HIDDEN_SHARE * N_PATCHES)
     order = torch.rand(n_clips, N_PATCHES, generator=generator).argsort(dim=1)
     return order[:, n_hidden:], order[:, None, :n_hidden]
 
@@ -59,17 +56,15 @@ def make_masks(kind, n_clips, seed, step):
     return MASKS[kind](n_clips, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 def draw(spectrogram, visible, hidden, color):
-    """One clip's spectrogram (F, T) under its masks (C,) and (M, K), as text, high bands on top.
-
-    Shades show the level. A digit marks a hidden patch with its block (the last, where blocks
-    overlap), an x one that is neither visible nor predicted. color: use a terminal's greys.
-    """
+    """One clip's spectrogram (F, T) under its masks (C,) and (M, K), as text, high bands on top. A
+    patch is 2 lines of 4 characters, whose shades show the level. A digit marks a hidden patch with
+    its block (the last, where blocks overlap), an x one that is neither visible nor predicted.
+    color: use a terminal's greys."""
     marks = ["x"] * N_PATCHES
     for mark, patches in zip(" 123456789", [visible, *hidden]):
         for patch in patches.tolist():
             marks[patch] = mark
-    level = spectrogram.unfold(0, PATCH // 2, PATCH // 2).unfold(1, PATCH // 4, PATCH // 4)
-    level = level.mean((2, 3))                       # a patch is 2 lines of 4 characters
+    level = torch.nn.functional.avg_pool2d(spectrogram[None], (PATCH // 2, PATCH // 4))[0]
     level = ((level - level.min()) / (level.max() - level.min()) * 9).round().int().tolist()
     lines = []
     for y in reversed(range(2 * ROWS)):

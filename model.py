@@ -1,4 +1,4 @@
-"""Chapter 3, the model: encoder, predictor, target encoder and loss. This is the whole method.
+"""Chapter 3, the model: encoder, predictor, target encoder and loss.
 
 In: the patches of chapter 1 (B, N, E) and the indices of chapter 2. Out: the loss.
 Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), section 2; ViT (arXiv
@@ -21,12 +21,9 @@ def select(tokens, indices):
     return tokens.take_along_dim(indices.flatten(1)[..., None], 1).unflatten(1, indices.shape[1:])
 
 def sincos_positions(rows, columns, width):
-    """A fixed code for the row and column of every patch (N, width).
-
-    Attention ignores order, so each patch needs one. The first half holds sines and cosines of the
-    row, the second half those of the column.
-    Source: Attention is all you need (arXiv 1706.03762), 3.5; in two dimensions: MAE (2111.06377).
-    """
+    """A fixed code for the row and column of every patch (N, width), because attention ignores
+    order. Its first half holds sines and cosines of the row, its second half those of the column.
+    Source: Attention is all you need (arXiv 1706.03762), 3.5; for images: MAE (2111.06377)."""
     frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))        # (N, 2)
     angles = places[..., None] * frequencies                                        # (N, 2, D / 4)
@@ -52,21 +49,17 @@ class Layer(nn.Module):
 
 def init_weights(model):
     """Xavier's uniform weights for every matrix, so that signals keep their size, and zero biases.
-
     I-JEPA draws normal weights of deviation 0.02, with which the layers of a narrow encoder start
-    out nearly linear. Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code.
-    """
+    out nearly linear. Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
 class Encoder(nn.Module):
-    """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) for the visible ones alone.
-
-    Hidden patches are left out, not set to zero (MAE, arXiv 2111.06377, section 3). So they cost
-    nothing, and the encoder never meets a placeholder that no real clip holds.
-    """
+    """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) for the visible ones alone. The
+    hidden ones are left out, not set to zero (MAE, arXiv 2111.06377, section 3). So they cost
+    nothing, and the encoder never meets a placeholder that no real clip holds."""
 
     def __init__(self, width):
         super().__init__()
@@ -86,10 +79,9 @@ class Predictor(nn.Module):
     """A narrow ViT: latents (B, C, D) of the visible patches -> predictions (B, M, K, D).
 
     A hidden patch enters as a mask token: one learned vector plus the patch's position. Each block
-    is predicted without sight of the others. Without a predictor, the simplest solution is to give
-    every patch the same vector (BYOL, arXiv 2006.07733, found it essential). It has half the
-    encoder's width and depth, as in the paper, and is thrown away after training.
-    """
+    is predicted without sight of the others. Because the predictor knows where to predict, the
+    encoder need only describe what it sees. It has half the encoder's width and depth, as in the
+    paper, and is thrown away after training."""
 
     def __init__(self, encoder_width):
         super().__init__()
@@ -118,9 +110,8 @@ def variance_covariance(latents):
 
     Constant features are the easiest to predict (collapse); the variance term forbids them.
     Features that encode only position are the next easiest. N positions allow at most N - 1
-    uncorrelated ones, so decorrelation forces the rest to describe sound.
-    Source: VICReg (arXiv 2105.04906), 4.1, with 0.04 for 0.1; in a JEPA: C-JEPA (2410.19560).
-    """
+    uncorrelated ones, so decorrelation pushes the others to describe sound.
+    Source: VICReg (arXiv 2105.04906), 4.1, with 0.04 for 0.1; in a JEPA: C-JEPA (2410.19560)."""
     with torch.autocast(latents.device.type, enabled=False):                        # in float32
         features = latents.float().flatten(0, 1)                                    # (B C, D)
         features = features - features.mean(0)
@@ -138,7 +129,15 @@ class AudioJEPA(nn.Module):
         latents     = encoder(visible patches)
         predictions = predictor(latents, visible, hidden)
         targets     = layer_norm(target_encoder(all patches))[hidden], with no gradient
-    """
+
+    The target encoder sees all patches, so that a target tells what a patch means among the others
+    (I-JEPA, section 3). Its output is normalised over the features without a learned scale, by
+    which the targets, and the loss with them, could shrink (I-JEPA's code).
+
+    The loss would be least if all patches had the same targets (collapse). Three things stand
+    against it. The targets have no gradient, so they cannot learn to be easy to predict (BYOL,
+    arXiv 2006.07733, 3.1). They follow the encoder only slowly. Both slow collapse down; what makes
+    it expensive is the variance and covariance of the latents."""
 
     def __init__(self, size):
         super().__init__()
@@ -147,32 +146,20 @@ class AudioJEPA(nn.Module):
 
     def forward(self, patches, visible, hidden):
         """patches (B, N, E), visible (B, C), hidden (B, M, K) -> loss (), predictions (B, M, K, D),
-        and the target encoder's output everywhere (B, N, D)."""
+        and the targets of all patches (B, N, D)."""
         latents = self.encoder(patches, visible)                                    # (B, C, D)
         predictions = self.predictor(latents, visible, hidden).float()              # (B, M, K, D)
-        everywhere = self.targets_everywhere(patches)                               # (B, N, D)
-        targets = select(everywhere, hidden)                                        # (B, M, K, D)
-        # Smooth-L1 is a square below 1 and linear beyond, so a few wild gaps do not rule it.
+        outputs = self.target_encoder(patches).float()                              # (B, N, D)
+        all_targets = F.layer_norm(outputs, outputs.shape[-1:])                     # (B, N, D)
+        targets = select(all_targets, hidden)                                       # (B, M, K, D)
+        # Smooth-L1 is half a square below 1 and linear beyond, so outliers do not dominate.
         loss = F.smooth_l1_loss(predictions, targets) + variance_covariance(latents)
-        return loss, predictions, everywhere
-
-    def targets_everywhere(self, patches):
-        """What the predictor should predict, at every patch: patches (B, N, E) -> (B, N, D).
-
-        The target encoder sees all patches, so that a target tells what a patch means among the
-        others (I-JEPA, section 3). It gets no gradient, or it would learn to be easy to predict
-        (BYOL, 3.1). Its output is normalised over the features without a learned scale, by which
-        the targets, and the loss with them, could shrink (I-JEPA's code).
-        """
-        outputs = self.target_encoder(patches).float()
-        return F.layer_norm(outputs, outputs.shape[-1:])
+        return loss, predictions, all_targets
 
     @torch.no_grad()
     def update_target_encoder(self, momentum):
         """target_encoder = momentum * target_encoder + (1 - momentum) * encoder, after each step.
-
-        The exponential moving average (BYOL, 3.1) moves too slowly for the two encoders to agree on
-        a trivial answer, and smooths the noise of single steps.
-        """
+        This exponential moving average (BYOL, 3.1) changes slowly, so the targets hold still while
+        the encoder learns to predict them, and the noise of single steps is smoothed."""
         torch._foreach_lerp_(list(self.target_encoder.parameters()),
                              list(self.encoder.parameters()), 1 - momentum)

@@ -34,11 +34,9 @@ AUDIOSET = (("balanced_train_segments.csv", "train"), ("eval_segments.csv", "tes
 # ---- a trained encoder for use -----------------------------------------------------------------
 
 class FrozenEncoder(nn.Module):
-    """Waveforms in, embeddings over time out: one every `hop_seconds`, a column of patches.
-
-    An embedding has `output_dim` numbers (D'). The 8 patches of a column stay apart, side by side,
-    because their average would mix high frequencies with low ones (Riou et al., arXiv 2405.08679).
-    """
+    """Waveforms in, embeddings over time out: one of `output_dim` numbers (D') every `hop_seconds`.
+    It holds the 8 patches of a column side by side, because their average would mix high
+    frequencies with low ones (Riou et al., arXiv 2405.08679)."""
 
     def __init__(self, config):
         super().__init__()
@@ -57,9 +55,7 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, waveform, sample_rate):
         """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound.
-
-        Long audio goes through in windows that know nothing of one another. Raises InputError.
-        """
+        Long audio goes through in windows that know nothing of one another. Raises InputError."""
         waveform = torch.atleast_2d(torch.as_tensor(waveform))
         if waveform.shape[1] == 0 or not waveform.is_floating_point():
             raise InputError("a waveform must hold floats between -1 and 1, and at least one")
@@ -72,8 +68,7 @@ class FrozenEncoder(nn.Module):
         return embeddings[:, :math.ceil(waveform.shape[1] / self.column_samples)]
 
 def load_encoder(path, trained=True):
-    """The target encoder of a checkpoint, or an untrained one of its shape, on the CPU. Raises
-    InputError."""
+    """A checkpoint's target encoder, or an untrained one like it, on the CPU. Raises InputError."""
     checkpoint = load_checkpoint(path)
     torch.manual_seed(0)                             # the weights of the untrained one
     encoder = FrozenEncoder(checkpoint["config"])
@@ -188,12 +183,9 @@ def make_rounds(labels, groups):
 
 @torch.no_grad()
 def compute_features(source, indices, encoders):
-    """Features of the clips of `source` that can be read, {name: (n, features)}, and which can.
-
-    A feature is the mean over the columns of a clip that hold sound; for the log-mel, the mean and
-    the standard deviation over its frames. Clips are read window by window, so memory does not grow
-    with their length.
-    """
+    """Features of the clips of `source` that can be read, {name: (n, features)}, and which can. A
+    feature is the mean over the columns of a clip that hold sound; for the log-mel, the mean and
+    the standard deviation over its frames. Clips are read by windows, to bound the memory."""
     encoder = encoders["trained"]
     features, readable = collections.defaultdict(list), []
     for index in indices:

@@ -22,13 +22,14 @@ import uuid
 import torch
 from torch.nn import functional as F
 
-from data import (N_FRAMES, AudioFiles, BuiltInSounds, Crops, InputError, LogMel, default_workers,
-                  hop_samples, load_batches, patchify, to_columns)
+from data import (N_FRAMES, STOP_SIGNALS, AudioFiles, BuiltInSounds, Crops, InputError, LogMel,
+                  default_workers, hop_samples, load_batches, patchify, to_columns)
 from masking import MASKS, make_masks
 from model import WIDTHS, AudioJEPA, select
 
-# The learning rate is the paper's 3e-4 for base at batch 256. It grows with the root of the batch,
-# as suits Adam (arXiv 2205.10287), and with the inverse of the width (arXiv 2203.03466).
+# The paper's learning rate is 3e-4 for base at batch 256. Ours grows with the root of the batch, as
+# suits Adam (arXiv 2205.10287), and with the inverse of the width (arXiv 2203.03466). Keep to that
+# when you change --batch-size or --model.
 RECIPES = {
     "sounds": dict(model="tiny", seconds=1.28, mask="block", batch_size=32, lr=4.2e-4, steps=250,
                    log_every=25, save_every=50),
@@ -47,36 +48,32 @@ LOG_LINE = ("{step:8} / {0:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explained
 # ---- schedules: pure functions of the step, so a resumed run cannot drift ----------------------
 
 def learning_rate(step, config):
-    """Linear warm-up over a twentieth of the run, then half a cosine down to 0.
-
-    That is 5,000 of the paper's 100,000 steps. It took 1,000; later its authors found 5,000 better.
-    """
+    """Linear warm-up over a twentieth of the run, then half a cosine down to 0. That is 5,000 of
+    the paper's 100,000 steps. It took 1,000; later its authors found 5,000 better."""
     warmup = 0.05 * config.steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 def momentum(step, config):
-    """The share of the target encoder that a step keeps; it averages 1 / (1 - momentum) steps.
-
+    """The share of the target encoder that a step keeps: it reaches back 1 / (1 - momentum) steps.
     At first that is a fiftieth of the run, so short and long runs behave alike. The share rises to
-    1 by half a cosine (BYOL, arXiv 2006.07733, section 3), so late targets hold still.
-    """
+    1 by half a cosine (BYOL, arXiv 2006.07733, section 3), so late targets hold still."""
     return 1 - 0.5 * (1 + math.cos(math.pi * step / config.steps)) / (1 + 0.02 * config.steps)
 
 # ---- meters: the loss does not tell whether a run learns ---------------------------------------
 
-def spread(targets):
-    """The deviation of targets (B, N, D) over the clips, place by place, averaged. They have unit
-    variance over features: 1, they vary with the clip alone; 0, all clips are alike (collapse)."""
-    return targets.std(0, correction=0).mean().item()
+def spread(all_targets):
+    """The standard deviation of all targets (B, N, D) over the clips at each patch and feature, and
+    averaged: 0 means that all clips have the same targets (collapse); it is 1 at most."""
+    return all_targets.std(0, correction=0).mean().item()
 
-def explained(predictions, targets, hidden):
-    """The share of the targets' variance about the mean of their place that predictions explain: 0,
-    the predictor knows the place alone; 1, it knows the targets. (B, M, K, D), (B, N, D), (B, M, K)
-    """
-    wanted, means = select(targets, hidden), targets.mean(0)[hidden]                # (B, M, K, D)
-    return 1 - (F.mse_loss(predictions, wanted) / F.mse_loss(means, wanted)).item()
+def explained(predictions, all_targets, hidden):
+    """The share of the targets' variance about the batch's mean at their patch that predictions
+    explain. 0: they are no better than that mean; 1: they are the targets. Shapes: (B, M, K, D),
+    (B, N, D), (B, M, K)."""
+    targets, means = select(all_targets, hidden), all_targets.mean(0)[hidden]       # (B, M, K, D)
+    return 1 - (F.mse_loss(predictions, targets) / F.mse_loss(means, targets)).item()
 
 def knn_scores(train, labels, test):
     """Votes (m, classes) of the 10 training features (n, D') nearest by cosine to each of `test`
@@ -104,8 +101,7 @@ def check_finite(where, tensors):
                          "lower --lr or with --amp off, and write to another --out")
 
 def save_checkpoint(content, path):
-    """Write beside `path`, then rename: it is always whole, the old one or the new one. Raises
-    InputError."""
+    """Write beside `path`, then rename, so that it is always whole. Raises InputError."""
     aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"     # no other run may write into the same file
     try:
         with open(aside, "wb") as file:
@@ -134,16 +130,14 @@ def load_checkpoint(path):
     return checkpoint
 
 class Stop:
-    """Answers the first SIGINT, SIGTERM or SIGHUP: the step is finished and saved, then we end.
-
-    A wait for data is broken off by a KeyboardInterrupt. A second signal ends the process at once.
-    """
+    """Answers the first SIGINT, SIGTERM or SIGHUP: the step is finished and saved, then we end. A
+    wait for data is broken off by a KeyboardInterrupt. A second signal ends the process at once."""
 
     def __init__(self):
         self.signum, self.waiting = None, False
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):     # Windows lacks one
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:   # as nohup wants it
-                signal.signal(getattr(signal, name), self.answer)
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:       # nohup has SIGHUP ignored
+                signal.signal(signum, self.answer)
 
     def answer(self, signum, _):
         self.signum, name = signum, signal.Signals(signum).name
@@ -198,7 +192,7 @@ def make_optimizer(model, lr):
         lr=lr, betas=(0.9, 0.95), fused=True)
 
 def use_fast_arithmetic(config):
-    """Choose the faster of torch's ways to compute the same."""
+    """Allow arithmetic that is faster and rounds a little differently."""
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
     # In bf16 on a CPU the backward pass of fused attention takes six times as long as that of the
     # plain one. Despite their names, these two switches rule CPUs, too.
@@ -208,18 +202,16 @@ def use_fast_arithmetic(config):
 
 def train(config, checkpoint=None):
     """Run the training that `config` describes, from the start or from where a checkpoint ends.
-
-    Returns the number of the signal that ended it early, or None. Raises InputError.
-    """
+    Returns the number of the signal that ended it early, or None. Raises InputError."""
     torch.manual_seed(config.seed)
     use_fast_arithmetic(config)
-    device = torch.device(config.device)
+    device = config.device
     source = AudioFiles(config.data) if config.data else BuiltInSounds()
     crops = Crops(source, hop_samples(config.seconds) * N_FRAMES, config.seed)
     mel, model = LogMel(config.seconds).to(device), AudioJEPA(config.model).to(device)
-    autocast = torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off")
+    autocast = torch.autocast(device, DTYPES[config.amp], enabled=config.amp != "off")
     optimizer = make_optimizer(model, config.lr)
-    scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "fp16")
+    scaler = torch.amp.GradScaler(device, enabled=config.amp == "fp16")
     parts = {"encoder": model.encoder, "target_encoder": model.target_encoder,
              "predictor": model.predictor, "mel": mel, "optimizer": optimizer, "scaler": scaler}
     done, log, stop = 0, Log(config), Stop()
@@ -249,7 +241,7 @@ def train(config, checkpoint=None):
           flush=True)
 
     steps = range(done, config.steps)
-    batches = load_batches(crops, config.batch_size, steps, config.workers, device.type == "cuda")
+    batches = load_batches(crops, config.batch_size, steps, config.workers, device == "cuda")
     with contextlib.closing(batches), contextlib.suppress(KeyboardInterrupt):
         for step in steps:
             waveforms = log.next_batch(batches, stop)
@@ -257,7 +249,7 @@ def train(config, checkpoint=None):
             visible, hidden = visible.to(device), hidden.to(device)
             with autocast:
                 patches = patchify(mel(waveforms.to(device, non_blocking=True)))
-                loss, predictions, targets = model(patches, visible, hidden)
+                loss, predictions, all_targets = model(patches, visible, hidden)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             for group in optimizer.param_groups:
@@ -265,15 +257,14 @@ def train(config, checkpoint=None):
             scaler.step(optimizer)                   # in fp16, not if a gradient overflowed
             scaler.update()
             model.update_target_encoder(momentum(step, config))
-
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 check_finite(f"at step {done}", [loss, *model.parameters()])
                 with autocast:
                     knn = "" if config.data else f"{knn_of_sounds(model, mel, crops):.0%}"
                 log.write({"step": done, "loss": loss.item(), "lr": learning_rate(step, config),
-                           "momentum": momentum(step, config), "spread": spread(targets),
-                           "explained": explained(predictions, targets, hidden), "knn": knn,
+                           "momentum": momentum(step, config), "spread": spread(all_targets),
+                           "explained": explained(predictions, all_targets, hidden), "knn": knn,
                            "failures": crops.failures})
             if done % config.save_every == 0:
                 save()
