@@ -1,22 +1,19 @@
 """Tests in the order of the chapters. Each rule is held against something independent: a closed
 form, a slow loop, or a case worked by hand. No GPU, no network and no data set is needed.
-
-    pytest -q test_all.py                          everything
-    pytest -q test_all.py -k "not command"         without the tests that start the real commands
+`pytest -q test_all.py -k "not command"` leaves out the tests that start the real commands.
 """
 
 import argparse
 import copy
-import csv
 import json
 import math
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,7 +28,6 @@ import model
 import probe
 import train
 
-HERE = pathlib.Path(__file__).resolve().parent
 KINDS = {"block": ((32,), (4, 24)), "random": ((51,), (1, 77))}      # masks: shapes (C,) and (M, K)
 N = 20_480                                           # samples of 0.64 s, the length of our clips
 TOY = dict(model="toy", seconds=0.64, mask="block", batch_size=5, steps=3, lr=0.01, seed=3,
@@ -43,7 +39,6 @@ model.WIDTHS["toy"] = 64                             # an encoder small enough t
 class Numbers(data.BuiltInSounds):
     """A source of 50 clips. A window of a clip holds two numbers: its index and its position."""
     bad, name, __len__ = (), staticmethod("clip {}".format), lambda self: 50
-
     def windows(self, index, n_samples, position=0.0):
         if index in self.bad:
             raise data.InputError("no sound")
@@ -57,17 +52,17 @@ def write_tone(path, pitch=400, seconds=0.5, rate=32_000, channels=1):
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
     """12 short recordings in three folders, of several formats, rates and numbers of channels."""
-    folder = tmp_path_factory.mktemp("some recordings")
+    folder, forms = tmp_path_factory.mktemp("some recordings"), (
+        ("0.wav", 0.3, 8000), ("1.flac", 0.9, 44_100, 2), ("2.OGG", 1.5), ("3.mp3", 0.6, 16_000))
     for kind, pitch in (("low", 200), ("mid", 900), ("high", 3000)):
-        for name, *form in (("0.wav", 0.3, 8000, 1), ("1.flac", 0.9, 44100, 2),
-                            ("2.OGG", 1.5, 32000, 1), ("3.mp3", 0.6, 16000, 1)):
+        for name, *form in forms:
             write_tone(folder / kind / name, pitch, *form)
     return folder
 
 def flags(**changes):
     """The settings of a small run, as the arguments of train.py."""
-    return ["--no-compile", *(f"--{key.replace('_', '-')}={value}"
-                              for key, value in (TOY | changes).items())]
+    pairs = (TOY | changes).items()
+    return ["--no-compile", *(f"--{key.replace('_', '-')}={value}" for key, value in pairs)]
 
 @pytest.fixture
 def go(recordings, tmp_path, monkeypatch):
@@ -85,20 +80,17 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 def outcome(path):
-    """All that a run computed, from its checkpoint and its log, but not how fast it was."""
+    """All that a run computed, from its checkpoint, but not how fast it was."""
     checkpoint = torch.load(path, weights_only=True) | {"config": None}
-    rows = [*csv.DictReader(path.with_suffix(".csv").open()), *checkpoint.pop("log")]
-    return checkpoint, [{key: row[key] for key in row.keys() - {"clips_per_second", "waiting"}}
-                        for row in rows]
+    for row in checkpoint["log"]:
+        del row["clips_per_second"], row["waiting"]
+    return checkpoint
 
-def command(cwd, *arguments):
+def command(cwd, name, *given):
     """Start a command in the folder `cwd` as a user would, with a group of processes of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-u", str(HERE / arguments[0]), *map(str, arguments[1:])], cwd=cwd,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-
-def one_hot(classes):
-    return F.one_hot(torch.tensor(classes)).float()
+    arguments = [sys.executable, "-u", os.path.join(os.path.dirname(__file__), name), *given]
+    return subprocess.Popen(arguments, cwd=cwd, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 # ---- data --------------------------------------------------------------------------------------
 
@@ -113,38 +105,33 @@ def test_a_crop_is_the_slice_of_the_file_that_its_position_names(tmp_path):
 
 def test_files_are_found_once_in_any_spelling_and_through_links(tmp_path):
     names = ["a.wav", "b/x.FLAC", "b/c/y z.Opus", "new\nline.aiff", "\udcff.mp3"]
-    top, side = tmp_path / "top", tmp_path / "side"
     for name in [*names, "no.txt", "b/wav", "b/._x.FLAC", "../side/1/once.wav", "../side/2/no"]:
-        (top / name).parent.mkdir(parents=True, exist_ok=True)
-        (top / name).touch()
-    links = [("top/b/again", top), ("top/b/root", "/"), ("top/elsewhere", side)]
-    for link, goal in links + [(f"side/{n}/{i}", side) for n in (1, 2) for i in range(9)]:
-        (tmp_path / link).symlink_to(goal)           # followed blindly, 9 ** depth paths
-    files = data.AudioFiles(top)
-    found = [os.path.relpath(os.fsdecode(files.path(i)), top) for i in range(len(files))]
-    assert sorted(found) == sorted([*names, "elsewhere/1/once.wav"])
-    assert all(files.name(i).isprintable() for i in range(len(files))), "a name is not escaped"
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).touch()
+    links = [("top/b/again", "top"), ("top/b/root", "/"), ("top/elsewhere", "side")]
+    for link, goal in links + [(f"side/{n}/{i}", "side") for n in (1, 2) for i in range(9)]:
+        (tmp_path / link).symlink_to(tmp_path / goal)          # followed blindly, 9 ** depth paths
+    files = data.AudioFiles(tmp_path / "top")
+    found = {os.path.relpath(os.fsdecode(files.path(i)), files.root.decode()) for i in range(6)}
+    assert found == {*names, "elsewhere/1/once.wav"} and len(files) == 6
+    assert all(files.name(i).isprintable() for i in range(6)), "a name is not escaped"
 
 def test_a_list_of_paths_is_relative_to_its_own_folder(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.wav\n\n\r\nsub/b \xff.wav\r\n/abs/c.wav")
     files, root = data.AudioFiles(tmp_path / "list.txt"), os.fsencode(tmp_path)
-    assert [files.path(i) for i in range(len(files))] == [
-        root + b"/a.wav", root + b"/sub/b \xff.wav", b"/abs/c.wav"]
+    expected = [root + b"/a.wav", root + b"/sub/b \xff.wav", b"/abs/c.wav"]
+    assert [files.path(i) for i in range(len(files))] == expected
 
 def test_a_file_is_either_read_or_refused(tmp_path):
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
     for name, samples, rate in (
             ("good zeros", noise * 0, 32_000), ("good eight", np.stack([noise] * 8, 1), 192_000),
             ("good sample", noise[:1], 32_000), ("none", noise[:0], 32_000), ("slow", noise, 1),
-            ("NaN", noise + np.nan, 32_000), ("huge", noise / 1e-30, 32_000),
-            ("infinite", noise + np.inf, 32_000), ("prime", noise, 44_101)):
+            ("NaN", noise + np.nan, 32_000), ("big", noise * 1e30, 32_000), ("odd", noise, 44_101)):
         soundfile.write(tmp_path / f"{name}.wav", samples, rate, subtype="FLOAT")
-    sound = (tmp_path / "good zeros.wav").read_bytes()
-    for name, content in (("text", b"no sound"), ("empty", b""), ("headless", sound[100:]),
-                          ("rate", sound[:24] + b"\xff\xff\xff\xef" + sound[28:])):
-        (tmp_path / f"{name}.wav").write_bytes(content)
+    (tmp_path / "text.wav").write_text("no sound")
     crops = data.Crops(data.AudioFiles(tmp_path), N, seed=0)
-    for i, index in enumerate(data.epoch_order(0, 0, 13)):
+    for i, index in enumerate(data.epoch_order(0, 0, 9)):
         crop, failures = crops.read(i)
         assert bool(failures) != ("good" in crops.source.name(index)) and crop.isfinite().all()
 
@@ -169,22 +156,20 @@ def test_crops_start_anywhere_and_depend_on_seed_and_number_alone():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_crops_of_their_steps_padded_with_silence(recordings, workers):
     crops = data.Crops(data.AudioFiles(recordings), N, seed=3)
-    batches = list(data.load_batches(crops, 5, range(2, 5), workers, False))
-    for i, waveform in enumerate(torch.cat(batches), start=10):
+    batches = torch.stack([*data.load_batches(crops, 5, range(2, 5), workers, False)])
+    for i, waveform in enumerate(batches.view(15, N), start=10):
         crop, _ = crops.read(i)
         assert torch.equal(waveform[:len(crop)], crop) and not waveform[len(crop):].any()
-    assert i == 24 and len(batches) == 3
 
 @pytest.mark.parametrize("bad", [1, 4, 50])
 def test_files_that_fail_are_replaced_and_told_once_and_many_stop_the_run(bad, capsys, monkeypatch):
     monkeypatch.setattr(Numbers, "bad", range(bad))
-    crops, waveforms = data.Crops(Numbers(), 2, seed=0), []
+    crops, clips = data.Crops(Numbers(), 2, seed=0), []
     try:
-        waveforms += data.load_batches(crops, 50, range(40), 0, False)
+        clips += data.load_batches(crops, 50, range(40), 0, False)
+        assert bad == 1 and torch.cat(clips)[:, 0].min() == 1 and crops.failures >= 40
     except data.InputError as error:
         assert bad > 1 and "of the last 1,000 reads failed" in str(error)
-    else:
-        assert bad == 1 and torch.cat(waveforms)[:, 0].min() == 1 and crops.failures >= 40
     assert capsys.readouterr().out.count("unusable: clip 0: no sound") == 1
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
@@ -194,20 +179,19 @@ def test_workers_that_lack_shared_memory_stop_the_run_at_once(monkeypatch):
         next(data.load_batches(data.Crops(Numbers(), 1_000_000, 0), 32, range(9), 2, False))
 
 @pytest.mark.parametrize("seconds", [0.64, 10.0])
-def test_a_spectrogram_has_256_frames_and_a_tone_is_loudest_in_the_band_of_its_pitch(seconds):
-    def slaney(hertz):                               # mel: linear to 1 kHz, then logarithmic
-        return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
+def test_a_spectrogram_has_256_frames_and_a_tone_is_loudest_in_its_band(seconds):
     mel, time = data.LogMel(seconds), torch.arange(data.hop_samples(seconds) * 256) / 32_000
+    def mels(hertz):                                 # Slaney: linear to 1 kHz, then logarithmic
+        return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
     for hertz in (300, 1000, 5000):
-        band = (slaney(hertz) - slaney(20)) / (slaney(16_000) - slaney(20)) * 129 - 1
+        band = (mels(hertz) - mels(20)) / (mels(16_000) - mels(20)) * 129 - 1
         spectrogram, = mel(torch.sin(2 * torch.pi * hertz * time)[None])
         assert spectrogram.shape == (128, 256) and abs(spectrogram[:, 128].argmax() - band) <= 1
     assert mel.spectrogram.mel_scale.fb.sum(0).all(), "a band is empty"
 
-@pytest.mark.parametrize("function, shape", [
-    (data.LogMel(0.64), (2, N)), (model.variance_covariance, (2, 32, 64))])
-def test_log_mel_and_variances_stay_in_float32_under_autocast(function, shape):
-    tensor = torch.randn(shape)
+@pytest.mark.parametrize("function", [data.LogMel(0.64), model.variance_covariance])
+def test_log_mel_and_variances_stay_in_float32_under_autocast(function):
+    tensor = torch.randn(2, 99, 99) if function is model.variance_covariance else torch.randn(2, N)
     with torch.autocast("cpu", torch.bfloat16):
         inside = function(tensor)
     assert torch.equal(inside, function(tensor)), f"autocast is on inside {function}"
@@ -228,10 +212,8 @@ def test_visible_and_hidden_patches_are_distinct_and_any_patch_can_be_either(kin
     for seen, blocks in zip(visible.tolist(), hidden.tolist()):
         assert len({*seen}) == len(seen) and not {*seen} & {*sum(blocks, [])}
         for block in blocks:
-            rows, columns = {patch // 16 for patch in block}, {patch % 16 for patch in block}
-            shape = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
-            assert len({*block}) == len(block)
-            assert kind == "random" or shape in ((3, 8), (4, 6)), "a block is no whole rectangle"
+            shape = len({patch // 16 for patch in block}), len({patch % 16 for patch in block})
+            assert len({*block}) == len(block) and (kind == "random" or shape in ((3, 8), (4, 6)))
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_are_a_pure_function_of_seed_and_step(kind):
@@ -251,10 +233,11 @@ def jepa():
         weights.data += 0.1 * torch.randn_like(weights)
     return jepa
 
-def position(patch, width):
-    """The code of a patch's place, number by number."""
-    return torch.tensor([wave(place / 10_000 ** (k / (width // 4))) for place in divmod(patch, 16)
-                         for wave in (math.sin, math.cos) for k in range(width // 4)])
+def positions(width):
+    """The codes of the places of all patches, number by number: (128, width)."""
+    return torch.tensor([[wave(place / 10_000 ** (k / (width // 4))) for place in divmod(n, 16)
+                          for wave in (math.sin, math.cos) for k in range(width // 4)]
+                         for n in range(128)])
 
 def loss_by_hand(jepa, patches, visible, hidden):
     """The loss, written out. A change of the loss must be made here, too."""
@@ -278,8 +261,7 @@ def test_targets_are_the_normalised_outputs_of_the_target_encoder(jepa):
     inputs = torch.randn(2, 128, 256), *masking.make_masks("block", 2, seed=0, step=0)
     targets, outputs = jepa(*inputs)[2], jepa.target_encoder(inputs[0])
     assert not targets.requires_grad, "the targets have a gradient"
-    mean, std = targets.mean(-1), targets.std(-1, correction=0)
-    assert mean.abs().max() + (std - 1).abs().max() < 1e-3, "the targets are not normalised"
+    assert (targets.std(-1) - 1).abs().max() < 0.01, "the targets are not normalised"
     likeness = F.cosine_similarity(targets, outputs - outputs.mean(-1, keepdim=True), dim=-1)
     assert likeness.min() > 0.9999, "the targets do not come from the target encoder"
 
@@ -292,39 +274,35 @@ def test_a_layer_is_attention_head_by_head_and_then_an_mlp():
     assert torch.allclose(layer(x), y + layer.mlp(layer.norm2(y)), atol=1e-5)
 
 def test_the_encoder_gives_every_patch_its_own_position_in_any_order(jepa):
-    patches, encoder = torch.randn(2, 128, 256), jepa.encoder
+    patches, encoder, codes = torch.randn(2, 128, 256), jepa.encoder, positions(64)
     visible, _ = masking.make_masks("random", 2, seed=0, step=0)
     for latents, seen in ((encoder(patches, visible), visible),
                           (encoder(patches), torch.arange(128).expand(2, -1))):
-        tokens = torch.stack([torch.stack([encoder.embed(patches[b, n]) + position(n, 64)
-                                           for n in seen[b].tolist()]) for b in range(2)])
-        assert torch.allclose(latents, encoder.norm(encoder.layers(tokens)), atol=1e-4), \
-            "a patch has no position, or another's"
+        tokens = torch.stack([encoder.embed(x[n]) + codes[n] for x, n in zip(patches, seen)])
+        expected = encoder.norm(encoder.layers(tokens))
+        assert torch.allclose(latents, expected, atol=1e-4), "a patch lacks its own position"
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_predictor_by_a_slow_loop_over_hidden_patches(jepa, kind):
-    """Attention does not mind the order of the tokens, so here the mask tokens come first."""
+def test_the_predictor_by_a_slow_loop_over_blocks(jepa, kind):
     (visible, hidden), net = masking.make_masks(kind, 2, seed=0, step=0), jepa.predictor
-    latents = torch.randn(2, visible.shape[1], 64)
+    latents, codes = torch.randn(2, visible.shape[1], 64), positions(32)
     predictions = net(latents, visible, hidden)
     for b, m in np.ndindex(hidden.shape[:2]):
-        tokens = [net.mask_token + position(n, 32) for n in hidden[b, m].tolist()]
-        tokens += [net.embed(z) + position(n, 32) for z, n in zip(latents[b], visible[b].tolist())]
-        x = net.layers(torch.stack(tokens)[None])[0, :hidden.shape[2]]
-        assert torch.allclose(predictions[b, m], net.project(net.norm(x)), atol=1e-4), \
-            "a prediction is not what the mask token with its patch's position becomes"
+        tokens = torch.cat([net.mask_token + codes[hidden[b, m]],    # attention minds no order
+                            net.embed(latents[b]) + codes[visible[b]]])
+        expected = net.project(net.norm(net.layers(tokens[None])[0, :hidden.shape[2]]))
+        assert torch.allclose(predictions[b, m], expected, atol=1e-4), "wrong tokens or positions"
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_all_tensors_of_the_method_are_on_the_device_of_its_inputs():
     """On CUDA, without CUDA: fake tensors have a device and a shape, but no numbers."""
     mel, jepa, fake = data.LogMel(0.64), model.AudioJEPA("toy"), FakeTensorMode()
     with fake, torch.device("cuda"):
         for module in [*mel.modules(), *jepa.modules()]:
-            for tensors, kind in ((module._parameters, torch.nn.Parameter), (module._buffers, torch.clone)):
+            for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    tensors[name] = kind(torch.empty(tensor.shape))
+                    tensors[name] = torch.nn.Parameter(torch.empty(tensor.shape))
         visible, hidden = (torch.zeros(2, *shape, dtype=torch.int64) for shape in KINDS["block"])
-    with fake, torch.autocast("cuda", torch.bfloat16):
+    with fake:
         patches = data.patchify(mel(torch.empty(2, N, device="cuda")))
         assert {tensor.device.type for tensor in jepa(patches, visible, hidden)} == {"cuda"}
         jepa.update_target_encoder(0.9)
@@ -333,63 +311,53 @@ def test_all_tensors_of_the_method_are_on_the_device_of_its_inputs():
 
 # ---- train -------------------------------------------------------------------------------------
 
-def test_spread_and_explained_by_slow_loops():
-    torch.manual_seed(0)
-    targets, predictions, hidden = torch.randn(6, 8, 5), torch.randn(6, 1, 2, 5), torch.arange(12)
-    hidden, wrong, total = hidden.view(6, 1, 2) % 7, 0, 0
-    stds = [targets[:, n, d].numpy().std() for n in range(8) for d in range(5)]
-    assert train.spread(targets) == pytest.approx(np.mean(stds), rel=1e-5)
-    for b, k in np.ndindex(6, 2):
-        target, place = targets[b, hidden[b, 0, k]], targets[:, hidden[b, 0, k]].mean(0)
-        wrong += (predictions[b, 0, k] - target).square().sum().item()
-        total += (place - target).square().sum().item()
-    assert train.explained(predictions, targets, hidden) == pytest.approx(1 - wrong / total)
+def test_spread_and_explained_at_their_ends():
+    targets, hidden = torch.randn(6, 8, 5), torch.arange(12).view(6, 1, 2) % 7
+    wanted, places = model.select(targets, hidden), targets.mean(0)[hidden]
+    shares = [train.explained(x, targets, hidden) for x in (wanted, places, (wanted + places) / 2)]
+    assert shares == pytest.approx([1, 0, 0.75], abs=1e-6)
+    assert train.spread(torch.tensor([[[1.0, 5.0]], [[3.0, 5.0]]])) == (1 + 0) / 2
 
 def test_the_ten_most_similar_of_twelve_clips_vote_whatever_their_length():
     angles = torch.linspace(0, 3, 12)
     features = torch.stack([angles.cos(), angles.sin()], 1) * (1 + 5 * angles[:, None])
-    weights = [math.exp(math.cos(angle) / 0.07) for angle in angles[:10]]
-    votes = train.knn_scores(features, one_hot([0, 1, 2] * 4), torch.tensor([[7.0, 0.0]]))[0]
-    expected = [sum(weights[k::3]) / sum(weights) for k in range(3)]
-    assert votes.tolist() == pytest.approx(expected, rel=1e-4), "kNN does not compare by cosine"
+    weights = (angles[:10].cos() / 0.07).exp()
+    expected = torch.stack([weights[k::3].sum() for k in range(3)]) / weights.sum()
+    votes = train.knn_scores(features, torch.eye(3).repeat(4, 1), torch.tensor([[7.0, 0.0]]))
+    assert torch.allclose(votes[0], expected, rtol=1e-4), "kNN does not compare by cosine"
 
 @pytest.fixture(scope="module")
 def run(recordings, tmp_path_factory):
     """Three steps of the real loop: its checkpoints, and what reached log-mel and model."""
-    path, save, saves = tmp_path_factory.mktemp("run") / "ckpt.pt", train.save_checkpoint, []
-    calls = {data.LogMel: [], model.AudioJEPA: []}
+    path, save = tmp_path_factory.mktemp("run") / "ckpt.pt", train.save_checkpoint
+    saves, calls = [], {data.LogMel: [], model.AudioJEPA: []}
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, inputs: calls.get(type(module), []).append(inputs))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", lambda content, path: (
-            saves.append(copy.deepcopy(content)), save(content, path)))
+    with mock.patch.object(train, "save_checkpoint", lambda content, path: (
+            saves.append(copy.deepcopy(content)), save(content, path))):
         assert train.main(flags(data=recordings, out=path)) == 0
     hook.remove()
-    return argparse.Namespace(path=path, saves=saves, heard=[x for x, in calls[data.LogMel]],
-                              seen=calls[model.AudioJEPA])
+    heard, seen = calls.values()
+    return argparse.Namespace(path=path, saves=saves, heard=heard, seen=seen)
 
-def load(checkpoint):
-    """The model of a checkpoint, and its weights in the order of the optimiser: matrices first."""
-    jepa = model.AudioJEPA("toy")
-    for part in ("encoder", "predictor", "target_encoder"):
-        getattr(jepa, part).load_state_dict(checkpoint[part])
-    learned = [(name, p) for name, p in jepa.named_parameters() if p.requires_grad]
-    return jepa, dict(sorted(learned, key=lambda pair: pair[1].ndim < 2))
+def weights_of(checkpoint):
+    """All weights in a checkpoint, by their names in AudioJEPA."""
+    return {f"{part}.{name}": weights for part in ("encoder", "predictor", "target_encoder")
+            for name, weights in checkpoint[part].items()}
 
 def test_every_step_of_a_run_takes_its_own_crops_and_masks(run, recordings):
     crops = data.Crops(data.AudioFiles(recordings), N, seed=3)
-    for step in range(3):
+    for step, ((waveforms,), (_, *masks)) in enumerate(zip(run.heard[:3], run.seen)):
         expected = torch.stack([crops[5 * step + i][0] for i in range(5)])
-        assert torch.equal(run.heard[step], expected), f"step {step} has wrong crops"
-        masks = masking.make_masks("block", 5, seed=3, step=step)
-        assert same(run.seen[step][1:], masks), f"step {step} has wrong masks"
+        assert torch.equal(waveforms, expected), f"step {step} has wrong crops"
+        assert same(masks, [*masking.make_masks("block", 5, 3, step)]), f"step {step}: wrong masks"
 
 def test_the_log_mel_of_a_run_is_fitted_to_the_sound_of_256_crops_not_to_padding(run, recordings):
     crops, mel = data.Crops(data.AudioFiles(recordings), N, seed=3), data.LogMel(0.64)
     mel.load_state_dict(run.saves[0]["mel"])
     values = torch.cat([mel(crops.read(i)[0][None]).flatten() for i in range(256)])
     assert abs(values.mean()) < 1e-4 and abs(values.std() - 1) < 1e-4, "the log-mel is not fitted"
-    assert torch.equal(run.seen[0][0], data.patchify(mel(run.heard[0])))
+    assert torch.equal(run.seen[0][0], data.patchify(mel(*run.heard[0])))
 
 def test_the_learning_rate_of_a_run_follows_its_schedule(run):
     rates = [group["lr"] for save in run.saves[1:4] for group in save["optimizer"]["param_groups"]]
@@ -399,27 +367,30 @@ def test_the_learning_rate_of_a_run_follows_its_schedule(run):
 
 def test_the_target_encoder_of_a_run_follows_by_the_momentum_of_each_step(run):
     assert same(run.saves[0]["target_encoder"], run.saves[0]["encoder"])
-    for step in range(3):
+    for step, (before, after) in enumerate(zip(run.saves[:3], run.saves[1:])):
         keep = 1 - 0.5 * (1 + math.cos(math.pi * step / 3)) / 1.06
-        for name, new in run.saves[step + 1]["target_encoder"].items():
-            old, goal = run.saves[step]["target_encoder"], run.saves[step + 1]["encoder"]
-            expected = keep * old[name] + (1 - keep) * goal[name]
+        for name, new in after["target_encoder"].items():
+            expected = keep * before["target_encoder"][name] + (1 - keep) * after["encoder"][name]
             assert torch.allclose(new, expected, atol=1e-5), f"the EMA of step {step} is wrong"
 
 def test_every_step_of_a_run_is_adamw_on_the_gradient_of_the_loss(run):
+    jepa = model.AudioJEPA("toy")
+    learned = [pair for pair in jepa.named_parameters() if pair[1].requires_grad]
+    learned.sort(key=lambda pair: pair[1].ndim < 2)  # the optimiser has matrices first
     for t, (before, after) in enumerate(zip(run.saves[:3], run.saves[1:]), start=1):
-        (jepa, weights), (_, moved) = load(before), load(after)
+        jepa.load_state_dict(weights_of(before))
+        jepa.zero_grad()
         loss_by_hand(jepa, *run.seen[t - 1]).backward()
         lr, state = after["optimizer"]["param_groups"][0]["lr"], after["optimizer"]["state"]
-        for i, (name, w) in enumerate(weights.items()):
+        for i, (name, w) in enumerate(learned):
             last = before["optimizer"]["state"].get(i, {"exp_avg": 0, "exp_avg_sq": 0})
             mean, square = state[i]["exp_avg"], state[i]["exp_avg_sq"]
-            assert torch.allclose(mean, 0.9 * last["exp_avg"] + 0.1 * w.grad, atol=1e-5), \
+            assert torch.allclose(mean, 0.9 * last["exp_avg"] + 0.1 * w.grad, atol=1e-5) and \
+                torch.allclose(square, 0.95 * last["exp_avg_sq"] + 0.05 * w.grad ** 2, atol=1e-5), \
                 f"step {t}: the gradient of {name} is not that of the loss"
-            assert torch.allclose(square, 0.95 * last["exp_avg_sq"] + 0.05 * w.grad ** 2, atol=1e-5)
             move = mean / (1 - 0.9 ** t) / ((square / (1 - 0.95 ** t)).sqrt() + 1e-8)
             expected = w - lr * 0.05 * (w.ndim > 1) * w - lr * move
-            assert torch.allclose(moved[name], expected, atol=1e-6), \
+            assert torch.allclose(weights_of(after)[name], expected, atol=1e-6), \
                 f"step {t}: AdamW, or its weight decay, is wrong for {name}"
 
 def test_fp16_is_used_and_a_step_that_overflows_is_skipped(go, monkeypatch):
@@ -431,15 +402,13 @@ def test_fp16_is_used_and_a_step_that_overflows_is_skipped(go, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *a: saves.append(copy.deepcopy(a[0])))
     assert go(amp="fp16", steps=2) == 0
     assert dtypes == {torch.float16}, "--amp is ignored"
-    assert [save["scaler"]["scale"] for save in saves[:3]] == [2. ** 60, 1024, 1024]
-    assert same(saves[0]["encoder"], saves[1]["encoder"]), "a step that overflowed was taken"
-    assert not same(saves[1]["encoder"], saves[2]["encoder"])
+    assert [same(a["encoder"], b["encoder"]) for a, b in zip(saves, saves[1:3])] == [True, False]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model_is_one_graph_for_all_steps(go, monkeypatch, kind):
     graphs, torch_compile = [], torch.nn.Module.compile
     monkeypatch.setattr(model, "range", lambda n: range(1), raising=False)     # a layer is enough
-    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    monkeypatch.setenv("CXX", sys.executable)        # train.py looks for a compiler
     monkeypatch.setattr(model.AudioJEPA, "compile", lambda jepa: torch_compile(
         jepa, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward))
     torch.compiler.reset()
@@ -447,24 +416,22 @@ def test_a_compiled_model_is_one_graph_for_all_steps(go, monkeypatch, kind):
 
 @pytest.mark.parametrize("signum, workers, mask", [
     (signal.SIGINT, 0, "block"), (signal.SIGTERM, 2, "random"), (signal.SIGHUP, 1, "block")])
-def test_a_run_that_a_signal_ends_while_it_waits_for_data_resumes_exactly(
+def test_a_signal_saves_even_while_the_run_waits_for_data_and_resuming_is_exact(
         go, tmp_path, monkeypatch, signum, workers, mask):
-    read, places, pid, armed = data.AudioFiles.windows, [], os.getpid(), []
+    read, places, pid, armed = data.AudioFiles.windows, [], os.getpid(), tmp_path / "armed"
     def slow(files, index, n_samples, place):
         places.append(place)
-        if armed and place == places[12]:            # in the third batch
+        if armed.exists() and place == places[12]:   # in the third batch
+            armed.unlink()
             os.kill(pid, signum)
             time.sleep(1)
         return read(files, index, n_samples, place)
     monkeypatch.setattr(data.AudioFiles, "windows", slow)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)   # SIGHUP closes them
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)   # SIGHUP closes it
     assert go(mask=mask, steps=4, out="whole.pt") == 0
-    armed.append(True)
+    armed.touch()
     assert go(mask=mask, steps=4, workers=workers, save_every=99) == 128 + signum
-    saved = train.load_checkpoint(tmp_path / "ckpt.pt")["step"]
-    assert saved == 2 or workers and saved <= 2, "the signal did not save"
-    armed.clear()
+    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] in (range(3) if workers else [2])
     assert train.main(["--resume", str(tmp_path / "ckpt.pt")]) == 0
     assert same(outcome(tmp_path / "whole.pt"), outcome(tmp_path / "ckpt.pt")), "it is not exact"
 
@@ -476,64 +443,51 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_is_good(go, tmp_path, monke
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
     train.save_checkpoint({"old": 1}, tmp_path / "a.pt")
-    names, errors = set(), [OSError(28, "disk full"), RuntimeError("disk full")]
-    def full(content, file):
-        names.add(file.name)
-        raise errors[len(names) - 1]
-    monkeypatch.setattr(torch, "save", full)
-    for _ in errors:
+    save = mock.Mock(side_effect=[OSError(28, "disk full"), RuntimeError("disk full")])
+    monkeypatch.setattr(torch, "save", save)
+    for _ in range(2):
         with pytest.raises(data.InputError, match="disk full"):
             train.save_checkpoint({"new": 1}, tmp_path / "a.pt")
     assert os.listdir(tmp_path) == ["a.pt"] and torch.load(tmp_path / "a.pt") == {"old": 1}
-    assert len(names) == 2, "two runs would write the same file"
-
-class Malicious:
-    def __reduce__(self):
-        return open, ("executed", "w")
+    assert len({call.args[1].name for call in save.call_args_list}) == 2, "both in the same file"
 
 @pytest.fixture(scope="module")
-def bad(run, recordings, tmp_path_factory):
-    """A folder with a complete checkpoint, one of step 1, and much that is none or no data."""
-    folder, sick = tmp_path_factory.mktemp("bad"), copy.deepcopy(run.saves[1])
-    shutil.copytree(run.path.parent, folder, dirs_exist_ok=True)
-    shutil.copytree(recordings, folder / "other")
-    (folder / "other/low/0.wav").rename(folder / "other/low/9.wav")             # as many files
-    (folder / "silent").mkdir()
+def bad(run):
+    """The folder of the run, with another checkpoint, of step 1, and much that is none."""
+    folder, sick = run.path.parent, copy.deepcopy(run.saves[1])
     sick["target_encoder"]["norm.bias"][0] = math.nan
-    for name, content in (("empty", b""), ("text", b"no weights"), ("binary", b"RIFF\0\0\0\0"),
-                          ("cut", run.path.read_bytes()[:100_000]), ("half", run.saves[1]),
-                          ("sick", sick), ("old", {"format": "audio-jepa 1"}),
-                          ("weights", {"weights": torch.ones(2)}), ("pickle", Malicious())):
-        save = pathlib.Path.write_bytes if isinstance(content, bytes) else lambda p, c: torch.save(c, p)
-        save(folder / name, content)
+    for name, content in (("empty", b""), ("text", b"no.wav\n" * 12), ("binary", b"RIFF\0\0\0\0"),
+                          ("cut", run.path.read_bytes()[:100_000]),
+                          ("pickle", b"cbuiltins\nopen\n(S'executed'\nS'w'\ntR.")):
+        (folder / name).write_bytes(content)
+    for name, content in (("half", run.saves[1]), ("sick", sick), ("other", {}),
+                          ("old", {"format": "audio-jepa 1"})):
+        torch.save(content, folder / name)
     return folder
 
 @pytest.mark.parametrize("given, says", [
     ("", "ckpt.pt exists"), ("--resume=ckpt.pt", "is complete"), ("--resume=", "need a path"),
     ("--resume=half --mask=random --lr=1", "leave out --lr, --mask"), ("--data=", "need a path"),
-    ("--resume=half --data=other", "not the files"), ("--resume=absent", "No such file"),
+    ("--resume=half --data=text", "not the files"), ("--resume=absent", "No such file"),
     ("--out=no/a.pt", "choose"), ("--out=a.csv", "choose"), ("--out=a.pt --compile", "apt install"),
-    ("--out=a.pt --data=absent", "no such folder"), ("--out=a.pt --data=silent", "no audio here"),
+    ("--out=a.pt --data=absent", "no such folder"),
     ("--out=a.pt --data=empty", "no audio here"), ("--out=a.pt --data=binary", "neither a folder"),
     ("--resume=empty", "not a ch"), ("--resume=text", "not a ch"), ("--resume=cut", "not a ch"),
-    ("--resume=weights", "not a ch"), ("--resume=pickle", "not a ch"), ("--resume=sick", "NaN"),
+    ("--resume=other", "not a ch"), ("--resume=pickle", "not a ch"), ("--resume=sick", "NaN"),
     ("--resume=old", "first edition")])
 def test_what_cannot_work_is_refused_in_one_line(bad, monkeypatch, capsys, given, says):
     monkeypatch.chdir(bad)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    before = sorted(os.listdir())
+    monkeypatch.setenv("CXX", "no compiler")
     assert train.main(given.split()) == 1
     error, = capsys.readouterr().err.splitlines()
-    assert says in error
-    assert sorted(os.listdir()) == before, "something was written or executed"
+    assert says in error and not {"a.pt", "a.csv", "executed"} & {*os.listdir()}
 
 # ---- probe -------------------------------------------------------------------------------------
 
 def test_the_encoder_in_one_call(run):
     encoder, other = (probe.load_encoder(run.path, trained) for trained in (True, False))
-    weights = run.saves[-1]["target_encoder"]["embed.weight"]
-    assert torch.equal(encoder.encoder.embed.weight, weights), "not the target encoder"
-    assert not torch.equal(other.encoder.embed.weight, weights), "trained, though it should not be"
+    assert same(dict(encoder.encoder.named_parameters()), run.saves[-1]["target_encoder"])
+    assert not torch.equal(other.encoder.embed.weight, encoder.encoder.embed.weight)
     long = torch.randn(2, 50_000)                    # 3 windows of 20,480, 39.06 columns of 1,280
     embeddings, patches = encoder(long, 32_000), data.patchify(encoder.mel(long[:, N:2 * N]))
     assert embeddings.shape == (2, 40, encoder.output_dim) == (2, 40, 8 * 64)
@@ -549,11 +503,10 @@ def test_labels_are_found_in_every_layout(tmp_path):
                        ("set/class_labels_indices.csv", "index,mid\n0,a\n1,b\n")):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_text(text)
-    for name in ("esc/audio/{}", "table/{}", "folders/{1}/{0}", "split/{2}/{1}/{0}"):
-        for i, split in enumerate(("train", "train", "test", "test")):
+    for i, split in enumerate(("train", "train", "test", "test")):
+        for name in ("esc/audio/{0}", "table/{0}", "folders/{1}/{0}", "split/{2}/{1}/{0}",
+                     ("set/-b-d_f-h_jk_30.0", "set/YYYYYYYYYYYY", "set/zzzzzzzzzzz", "set/z")[i]):
             write_tone(tmp_path / (name.format(i, "ab"[i % 2], split) + ".wav"))
-    for name in ("-b-d_f-h_jk_30.0", "YYYYYYYYYYYY", "zzzzzzzzzzz"):
-        write_tone(tmp_path / "set" / f"{name}.wav")
     for layout, groups in (("esc", "1212"), ("table", "1212"), ("folders", [None] * 4),
                            ("split", ["train", "train", "test", "test"]), ("set", ())):
         source, clips = probe.load_labelled(str(tmp_path / layout))
@@ -565,24 +518,25 @@ def test_labels_are_found_in_every_layout(tmp_path):
 @pytest.mark.parametrize("groups, rounds", [
     ([None] * 20, 5), ([*"1223"] * 5, 3), (["train"] * 9 + ["valid"] * 3 + ["test"] * 8, 1)])
 def test_the_parts_of_a_round_share_no_clip_and_every_fold_is_tested_once(groups, rounds):
-    made = probe.make_rounds(one_hot([0, 1] * 10), groups)
-    tested = torch.cat([test for *_, test in made]).tolist()
+    made = probe.make_rounds(torch.eye(2).repeat(10, 1), groups)
+    tested = sum((test.tolist() for *_, test in made), [])
     assert len(made) == rounds and len(tested) == len({*tested}) == (20 if rounds > 1 else 8)
     for parts in made:
         assert sorted(torch.cat(parts).tolist()) == [*range(20)] and all(map(len, parts))
-        train_part, valid, test = ({groups[i] for i in part.tolist()} for part in parts)
-        assert rounds == 5 or not (train_part | valid) & test, "a test clip is trained on"
-        assert rounds > 1 or (train_part, valid) == ({"train"}, {"valid"})
+        kinds = [{groups[i] for i in part.tolist()} for part in parts]
+        assert rounds == 5 or not (kinds[0] | kinds[1]) & kinds[2], "a test clip is trained on"
+        assert rounds > 1 or kinds == [{"train"}, {"valid"}, {"test"}]
 
 def test_a_feature_is_the_mean_over_sound_alone_read_window_by_window(run, tmp_path, monkeypatch):
-    for name, seconds in (("a", 0.3), ("b", 30)):
-        write_tone(tmp_path / f"{name}.wav", seconds=seconds)
-    encoder, source, asked = probe.load_encoder(run.path), data.AudioFiles(tmp_path), set()
-    read = soundfile.SoundFile.read
+    write_tone(tmp_path / "a.wav", seconds=0.3)
+    write_tone(tmp_path / "b.wav", seconds=30)
+    (tmp_path / "c.wav").write_text("no sound")
+    source, read, asked = data.AudioFiles(tmp_path), soundfile.SoundFile.read, set()
+    encoder = probe.load_encoder(run.path)
     monkeypatch.setattr(soundfile.SoundFile, "read",
                         lambda file, n, **how: asked.add(n) or read(file, n, **how))
-    features, _ = probe.compute_features(source, range(2), {"trained": encoder})
-    assert asked == {N}, "more than a window was read at once"
+    features, readable = probe.compute_features(source, range(3), {"trained": encoder})
+    assert readable == [True, True, False] and asked == {N}, "more than a window was read at once"
     for i, feature in enumerate(features["trained"]):
         embeddings, = encoder(torch.cat(list(source.windows(i, N))), 32_000)
         assert torch.allclose(feature, embeddings.mean(0), atol=1e-3), "padding entered"
@@ -590,7 +544,7 @@ def test_a_feature_is_the_mean_over_sound_alone_read_window_by_window(run, tmp_p
 @pytest.mark.parametrize("loss", [F.cross_entropy, probe.binary_cross_entropy])
 def test_the_linear_probe_ends_where_the_gradient_on_the_training_clips_is_zero(loss):
     torch.manual_seed(0)
-    x, labels = torch.randn(60, 5) * 3 + 1, one_hot([0, 1, 2] * 20)
+    x, labels = torch.randn(60, 5) * 3 + 1, torch.eye(3).repeat(20, 1)
     labels[::2, 0] = labels[::2, 0] if loss is F.cross_entropy else 1
     units = x.mean(0) + torch.cat([torch.zeros(1, 5), torch.diag(x.std(0))])
     scores = probe.linear_scores(x, labels, torch.cat([x, units]), 0.1, loss)
@@ -601,17 +555,15 @@ def test_the_linear_probe_ends_where_the_gradient_on_the_training_clips_is_zero(
     assert torch.allclose(alone, scores[:3], atol=1e-4), "test clips enter the standardisation"
 
 def test_average_precision_by_a_slow_loop_with_ties():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 6, (50, 4)), rng.integers(0, 2, (50, 4))
+    scores, labels = torch.randint(6, (50, 4)), torch.randint(2, (50, 4)).float()
     labels[:, 3] = 0                                 # a class without clips does not count
-    expected = np.mean([np.mean([y[s >= value].mean() for value in s[y == 1]])
+    expected = np.mean([np.mean([y[s >= value].mean().item() for value in s[y == 1]])
                         for s, y in zip(scores.T[:3], labels.T[:3])])
-    found = probe.mean_average_precision(torch.from_numpy(scores), torch.from_numpy(labels).float())
-    assert found == pytest.approx(expected)
+    assert probe.mean_average_precision(scores, labels) == pytest.approx(expected)
 
 def test_the_regularisation_is_chosen_on_the_valid_clips_alone(monkeypatch):
     torch.manual_seed(0)
-    x, labels, chosen = torch.randn(90, 20), one_hot([0, 1] * 45), []
+    x, labels, chosen = torch.randn(90, 20), torch.eye(2).repeat(45, 1), []
     x[:60, 0] += 2 * labels[:60, 0]                  # a rule that does not hold for the test clips
     parts, fit, loss = torch.arange(90).split(30), probe.linear_scores, F.cross_entropy
     def best(part):
@@ -621,26 +573,19 @@ def test_the_regularisation_is_chosen_on_the_valid_clips_alone(monkeypatch):
     probe.evaluate(x, labels, [parts])
     assert chosen[-1] == best(parts[1]) != best(parts[2]), "chosen on the test clips"
 
-def test_the_probe_writes_valid_json_and_leaves_out_what_it_cannot_read(run, tmp_path, capsys):
-    for i in range(20):
-        write_tone(tmp_path / "clips" / "ab"[i % 2] / f"{i}.wav", (300, 3000)[i % 2] + 10 * i)
-    (tmp_path / "clips/a/bad.wav").write_text("no sound")
-    given = ["--data", str(tmp_path / "clips"), "--json", str(tmp_path / "table")]
-    assert probe.main([str(run.path), *given]) == 0 and "20 clips," in capsys.readouterr().out
-    results = json.loads((tmp_path / "table").read_text(), parse_constant=pytest.fail)["results"]
-    assert [*results] == ["log-mel", "untrained", "trained"]
-    assert np.mean(results["log-mel"]["linear"]) > 0.9
-
 # ---- commands ----------------------------------------------------------------------------------
 
-def test_the_commands_run_without_any_data_from_a_folder_with_spaces(tmp_path):
+def test_the_commands_train_draw_and_probe_from_a_folder_with_spaces(recordings, tmp_path):
     (tmp_path / "a folder").mkdir()
     for arguments, code, says in (
             (["train.py", *flags(model="tiny", steps=2, amp="bf16")], 0, "saved ckpt.pt at step 2"),
             (["train.py"], 1, "train.py: ckpt.pt exists"), (["masking.py"], 0, "patches visible"),
-            (["probe.py", "ckpt.pt", "--data", "absent"], 1, "probe.py: absent: not a folder")):
+            (["probe.py", "ckpt.pt", f"--data={recordings}", "--json=table"], 0, "12 clips")):
         output, _ = (process := command(tmp_path / "a folder", *arguments)).communicate(timeout=60)
         assert process.returncode == code and says in output and "Traceback" not in output, output
+    results = json.loads((tmp_path / "a folder/table").read_text(), parse_constant=pytest.fail)
+    assert [*results["results"]] == ["log-mel", "untrained", "trained"]
+    assert len((tmp_path / "a folder/ckpt.csv").read_text().splitlines()) == 3
 
 def test_a_command_that_is_killed_or_stopped_at_any_moment_resumes_exactly(recordings, tmp_path):
     given = flags(model="tiny", data=recordings, steps=15, workers=1)
@@ -648,8 +593,6 @@ def test_a_command_that_is_killed_or_stopped_at_any_moment_resumes_exactly(recor
     process = command(tmp_path, "train.py", *given)
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         assert any(" / 15 " in line for line in process.stdout), "it did not reach a step"
-        if signum == signal.SIGHUP:
-            process.stdout.close()                   # the terminal is gone
         os.killpg(process.pid, signum)               # as a terminal does: the worker gets it, too
         assert process.wait(timeout=60) == code
         process = command(tmp_path, "train.py", "--resume", "ckpt.pt")
