@@ -1,7 +1,6 @@
 """Tests in the order of the chapters. Each rule is held against something independent: a closed
 form, a slow loop, or a case worked by hand. No GPU, no network and no data set is needed.
-`pytest -q test_all.py -k "not command"` leaves out the tests that start the real commands.
-"""
+`pytest -q test_all.py -k "not command"` leaves out the tests that start the real commands."""
 
 import argparse
 import copy
@@ -33,6 +32,7 @@ N = 20_480                                           # samples of 0.64 s, the le
 TOY = dict(model="toy", seconds=0.64, mask="block", batch_size=5, steps=3, lr=0.01, seed=3,
            device="cpu", amp="off", workers=0, log_every=1, save_every=1)
 model.WIDTHS["toy"] = 64                             # an encoder small enough to test by hand
+for number in data.STOP_SIGNALS: signal.signal(number, signal.default_int_handler)     # if nohup
 
 # ---- helpers -----------------------------------------------------------------------------------
 
