@@ -398,7 +398,7 @@ def test_fp16_is_used_and_a_step_that_overflows_is_skipped(go, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 60, backoff_factor=2. ** -50)
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda q, k, v: dtypes.add(q.dtype) or attention(q, k, v))
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, enabled: scaler)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, enabled: enabled and scaler)
     monkeypatch.setattr(train, "save_checkpoint", lambda *a: saves.append(copy.deepcopy(a[0])))
     assert go(amp="fp16", steps=2) == 0
     assert dtypes == {torch.float16}, "--amp is ignored"
