@@ -581,7 +581,7 @@ def test_the_commands_train_draw_and_probe_from_a_folder_with_spaces(recordings,
             (["train.py", *flags(model="tiny", steps=2, amp="bf16")], 0, "saved ckpt.pt at step 2"),
             (["train.py"], 1, "train.py: ckpt.pt exists"), (["masking.py"], 0, "patches visible"),
             (["probe.py", "ckpt.pt", f"--data={recordings}", "--json=table"], 0, "12 clips")):
-        output, _ = (process := command(tmp_path / "a folder", *arguments)).communicate(timeout=60)
+        output, _ = (process := command(tmp_path / "a folder", *arguments)).communicate(timeout=300)
         assert process.returncode == code and says in output and "Traceback" not in output, output
     results = json.loads((tmp_path / "a folder/table").read_text(), parse_constant=pytest.fail)
     assert [*results["results"]] == ["log-mel", "untrained", "trained"]
@@ -594,7 +594,7 @@ def test_a_command_that_is_killed_or_stopped_at_any_moment_resumes_exactly(recor
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         assert any(" / 15 " in line for line in process.stdout), "it did not reach a step"
         os.killpg(process.pid, signum)               # as a terminal does: the worker gets it, too
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=300) == code
         process = command(tmp_path, "train.py", "--resume", "ckpt.pt")
-    assert "Traceback" not in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert "Traceback" not in process.communicate(timeout=300)[0] and process.returncode == 0
     assert same(outcome(tmp_path / "whole.pt"), outcome(tmp_path / "ckpt.pt"))
