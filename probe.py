@@ -183,9 +183,9 @@ def make_rounds(labels, groups):
 
 @torch.no_grad()
 def compute_features(source, indices, encoders):
-    """Features of the clips of `source` that can be read, {name: (n, features)}, and which can. A
-    feature is the mean over the columns of a clip that hold sound; for the log-mel, the mean and
-    the standard deviation over its frames. Clips are read by windows, to bound the memory."""
+    """Features of the clips of `source` that can be read, {name: (n, features)}, and which can:
+    the mean and the standard deviation over the time in which a clip holds sound, (n, 2 D') for the
+    encoders and (n, 2 F) for the log-mel. Clips are read by windows, to bound the memory."""
     encoder = encoders["trained"]
     features, readable = collections.defaultdict(list), []
     for index in indices:
@@ -205,7 +205,7 @@ def compute_features(source, indices, encoders):
         readable.append(bool(sums))
         for name, (n, total, squares) in sums.items():
             mean, std = total / n, (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
-            features[name].append(torch.cat([mean, std]) if name == "log-mel" else mean)
+            features[name].append(torch.cat([mean, std]))
         if len(readable) % 1000 == 0:
             print(f"features of {len(readable):,} of {len(indices):,} clips", flush=True)
     return {name: torch.stack(rows) for name, rows in features.items()}, readable

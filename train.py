@@ -87,7 +87,8 @@ def knn_of_sounds(model, mel, crops):
     """Accuracy of kNN on 192 built-in sounds, of which half vote on the class of the others."""
     clips = [next(crops.source.windows(i, crops.n_samples)) for i in range(192)]
     patches = patchify(mel(torch.stack(clips).to(mel.mean.device)))
-    features = to_columns(model.target_encoder(patches).float()).mean(1).cpu()      # (192, D')
+    columns = to_columns(model.target_encoder(patches).float()).cpu()               # (192, T', D')
+    features = torch.cat(torch.std_mean(columns, dim=1, correction=0), dim=1)       # (192, 2 D')
     classes = torch.arange(192) % len(crops.source.classes)
     votes = knn_scores(features[:96], F.one_hot(classes[:96]).float(), features[96:])
     return (votes.argmax(1) == classes[96:]).float().mean().item()
