@@ -16,6 +16,7 @@ The letters of all shapes in this project:
 import collections
 import functools
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -124,74 +125,42 @@ class AudioFiles:
         except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
             raise InputError(str(error)) from error  # a broken header can promise anything
 
-def colored_noise(n, rng):
-    """Noise (n,) of unit deviation; its spectrum falls as 1 / f ** tilt, tilt between 0 and 1."""
-    spectrum = np.fft.rfft(rng.standard_normal(n))
-    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
-    noise = np.fft.irfft(spectrum, n)
-    return noise / noise.std()
-
-def make_sound(kind, time, rng):
-    """One sound of a class over `time` (seconds), at any level."""
-    sin, exp, pi, uniform, n, end = np.sin, np.exp, np.pi, rng.uniform, len(time), time[-1]
-    pitch, rate = 110 * 2 ** uniform(0, 3), uniform(3, 12)       # Hz; rate of all that repeats
-    swing = sin(2 * pi * rate * time + uniform(0, 6))
-    steady, rolloff = 2 * pi * pitch * time, 1 / np.arange(1, 13) ** uniform(0.5, 1.5)
-    cycle = time * rate % 1                          # how much of the present repetition is over
-    voice, k = pitch / 3 + 60, np.arange(1, 31)      # Hz; harmonics of a low voice
-
-    def harmonics(phase, amplitudes):                # sum of a_k sin(k phase), as a polynomial
-        return np.polynomial.polynomial.polyval(exp(1j * phase), [0, *amplitudes]).imag
-
-    def gliding(frequency):                          # harmonics of a pitch that changes
-        return harmonics(2 * pi * np.cumsum(frequency) / SAMPLE_RATE, rolloff)
-
-    def pulses(times):                               # a ringing click at each of `times`
-        train = np.zeros(n)
-        train[(times * SAMPLE_RATE).astype(int).clip(0, n - 1)] = uniform(0.5, 1, len(times))
-        ring = (exp(-time / 0.004) * sin(2 * pi * pitch * 4 * time + 0.5))[:640]
-        return np.fft.irfft(np.fft.rfft(train, 2 * n) * np.fft.rfft(ring, 2 * n))[:n]
-
-    return {
-        "harmonic": lambda: harmonics(steady, rolloff),
-        "bell": lambda: sum(exp(-time * uniform(1, 6)) * sin(steady * ratio * uniform(0.97, 1.03))
-                            for ratio in (1, 2.76, 5.4, 8.93, 11.34)),
-        "chirp": lambda: gliding(pitch * 2 ** (rng.choice([-1, 1]) * uniform(1, 2) * time / end)),
-        "siren": lambda: gliding(pitch * 2 ** (0.5 * swing)),
-        "clicks": lambda: pulses(np.arange(0, end, 1 / rate)),
-        "crackle": lambda: pulses(uniform(0, end, int(rate * end) + 2)),
-        "noise burst": lambda: colored_noise(n, rng) * exp(-time * uniform(1, 6)),
-        "pulsed noise": lambda: colored_noise(n, rng) * (1 + 0.9 * swing),
-        "wobble": lambda: harmonics(steady, rolloff) * (1 + 0.9 * swing),
-        "engine": lambda: harmonics(steady / 8, np.ones(24)) * (0.6 + 0.2 * colored_noise(n, rng)),
-        "vowel": lambda: harmonics(2 * pi * voice * time, 0.01 + sum(
-            exp(-((k * voice - formant) / 120) ** 2)
-            for formant in uniform([300, 900, 2200], [800, 2000, 3000]))),
-        "bubbles": lambda: sin(2 * pi * pitch * 2 * cycle * (1 + cycle) / rate) * exp(-4 * cycle),
-    }[kind]()
-
 class BuiltInSounds:
-    """Synthetic sounds for a first run: clip i is a pure function of i, its class is i mod 12. The
-    classes differ in how the sound is made; all else is drawn alike for all of them."""
-    classes = ("harmonic", "bell", "chirp", "siren", "clicks", "noise burst", "pulsed noise",
-               "engine", "crackle", "vowel", "wobble", "bubbles")
+    """Melodies for a first run, with two questions about each: which timbre sounds, and in which
+    order its four notes come. A clip plays one of the six orders over and over. All orders have the
+    same notes, so the spectrum averaged over time, which tells the timbres apart, knows nothing of
+    the order. Clip i is a pure function of i."""
+    timbres = {                                      # partial: amplitude; and how fast it dies away
+        "sine": ({1: 1.0}, 0), "bell": ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
+        "hollow": ({k: 1.3 / (k + 0.3) for k in (1, 3, 5, 7, 9)}, 0),
+        "bright": ({k: k ** -0.5 for k in range(1, 11)}, 0)}
+    orders = [(0, *rest) for rest in itertools.permutations((5, 10, 15))]      # semitones
     fingerprint = "built-in sounds"
 
     def __len__(self):
         return 2400
 
+    def labels(self, index):
+        """The two answers for a clip: the number of its order and the name of its timbre."""
+        return index % 6, [*self.timbres][index // 6 % 4]
+
     def windows(self, index, n_samples, position=0.0):
-        """Yield the clip, which is one window long at any length."""
+        """Yield the clip, which is one window long at any length, and has 16 notes."""
+        order, timbre = self.labels(int(index))
+        partials, decay = self.timbres[timbre]
         rng = np.random.default_rng([12, int(index)])
-        n_sound = n_samples // 256 * int(rng.uniform(77, 230))              # 0.3 to 0.9 of it
-        onset = rng.integers(n_samples - n_sound)
-        sound = make_sound(self.classes[index % 12], np.arange(n_sound) / SAMPLE_RATE, rng)
-        fade = np.minimum(1, np.arange(n_sound) / 320)                      # no clicks at the ends
-        sound *= np.minimum(fade, fade[::-1])
-        level, noise_level = 10 ** rng.uniform(-1.6, -0.6), 10 ** rng.uniform(-2.6, -1.6)
-        clip = noise_level * colored_noise(n_samples, rng)
-        clip[onset:onset + n_sound] += level * sound / (np.sqrt(np.mean(sound ** 2)) + 1e-9)
-        yield torch.from_numpy(clip.astype(np.float32))
+        pitch = 300 * 2 ** rng.uniform(0, 0.25)      # Hz; the octave's quarter hides the order
+        time = np.arange(n_samples // 16) / SAMPLE_RATE          # of one note
+        fade = np.minimum(1, np.minimum(time, time[::-1]) * 200)             # 5 ms, so no clicks
+        notes = []
+        for semitone in 4 * self.orders[order]:
+            phase = 2 * np.pi * pitch * 2 ** (semitone / 12) * time
+            note = sum(a * np.sin(k * phase + rng.uniform(0, 6)) for k, a in partials.items())
+            notes.append(10 ** rng.uniform(-1, 0) * fade * np.exp(-decay * time) * note)
+        melody = np.concatenate(notes)
+        melody *= 10 ** rng.uniform(-1.6, -0.6) / np.sqrt(np.mean(melody ** 2))
+        noise = 10 ** rng.uniform(-2.6, -1.6) * rng.standard_normal(len(melody))
+        yield torch.from_numpy((melody + noise).astype(np.float32))
 
 # ---- crops and batches -------------------------------------------------------------------------
 
@@ -205,7 +174,11 @@ def epoch_order(seed, epoch, n_clips):
 class Crops(torch.utils.data.Dataset):
     """Crop i of a run is a pure function of (source, seed, i), so a resumed run sees what an
     undisturbed one sees, however many workers read. An epoch takes one random crop of every clip,
-    in a new order. A file that cannot be used is replaced by a random other one, and reported."""
+    in a new order. A file that cannot be used is replaced by a random other one, and reported.
+
+    If a file is shorter than a crop, a coin decides what follows: silence, or sounds of random
+    other files, until the crop is full. With silence alone, a set of short files would teach little
+    but where sound ends."""
 
     def __init__(self, source, n_samples, seed):
         self.source, self.n_samples, self.seed = source, n_samples, seed
@@ -213,18 +186,21 @@ class Crops(torch.utils.data.Dataset):
 
     def read(self, i):
         """Crop i, a waveform (at most S,), and a line of text for each file that failed on the way.
-        After 20 failures in a row it is silence; `load_batches` ends a run with so many."""
+        After 20 failures it is what there is; `load_batches` ends a run with so many."""
         epoch, place = divmod(i, len(self.source))
-        index, failures = int(epoch_order(self.seed, epoch, len(self.source))[place]), []
+        index = int(epoch_order(self.seed, epoch, len(self.source))[place])
         rng = np.random.default_rng([self.seed, 1 << 32, i])     # 1 << 32: not a stream of epochs
-        position = rng.random()
+        fill, crop, failures = rng.random() < 0.5, torch.zeros(0), []
         while len(failures) < 20:
             try:
-                return next(self.source.windows(index, self.n_samples, position)), failures
+                missing = self.n_samples - len(crop)
+                crop = torch.cat([crop, next(self.source.windows(index, missing, rng.random()))])
+                if not fill or len(crop) == self.n_samples:
+                    break
             except (InputError, StopIteration) as error:
                 failures.append(f"{self.source.name(index)}: {str(error) or 'no samples'}")
-                index = int(rng.integers(len(self.source)))
-        return torch.zeros(1), failures
+            index = int(rng.integers(len(self.source)))
+        return (crop if len(crop) else torch.zeros(1)), failures
 
     def __getitem__(self, i):
         """Crop i padded with silence to (S,), and its failures as one string."""
@@ -306,13 +282,12 @@ class LogMel(nn.Module):
         return (self.log_mel(waveforms) - self.mean) / self.std
 
     def fit(self, crops):
-        """Set `mean` and `std` from the first 256 crops of a run, without padding. Returns the
-        share of a clip that is sound, on average."""
-        clips = [crops.read(i)[0].to(self.mean.device) for i in range(256)]
+        """Set `mean` and `std` from the first 256 crops of a run, without the silence that is added
+        to short ones."""
+        clips = (crops.read(i)[0].to(self.mean.device) for i in range(256))
         values = torch.cat([self.log_mel(clip[None]).flatten() for clip in clips])
         self.mean.copy_(values.mean())
         self.std.copy_(values.std().clamp(min=1e-3))
-        return sum(map(len, clips)) / len(clips) / crops.n_samples
 
 def patchify(spectrograms):
     """Cut spectrograms (B, F, T) into patches (B, N, E), all columns of the lowest row first."""

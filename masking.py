@@ -49,7 +49,16 @@ def random_masks(n_clips, generator):
     order = torch.rand(n_clips, N_PATCHES, generator=generator).argsort(dim=1)
     return order[:, n_hidden:], order[:, None, :n_hidden]
 
-MASKS = {"block": block_masks, "random": random_masks}
+def column_masks(n_clips, generator):
+    """A random half of the columns is hidden in all rows, so whole moments must be predicted from
+    other moments, and not from what sounds above and below them (M = 1).
+    Returns: visible (B, C), hidden (B, 1, K), int64 patch indices."""
+    columns = torch.rand(n_clips, 1, COLUMNS, generator=generator).argsort(dim=2)
+    patches = torch.arange(ROWS)[:, None] * COLUMNS + columns           # (B, rows, columns)
+    hidden, visible = patches.chunk(2, dim=2)
+    return visible.flatten(1), hidden.flatten(1)[:, None]
+
+MASKS = {"block": block_masks, "random": random_masks, "columns": column_masks}
 
 def make_masks(kind, n_clips, seed, step):
     """The masks of one step, a pure function of (seed, step): visible (B, C), hidden (B, M, K)."""
@@ -58,23 +67,23 @@ def make_masks(kind, n_clips, seed, step):
 def draw(spectrogram, visible, hidden, color):
     """One clip's spectrogram (F, T) under its masks (C,) and (M, K), as text, high bands on top. A
     patch is 2 lines of 4 characters, whose shades show the level. A digit marks a hidden patch with
-    its block (the last, where blocks overlap), an x one that is neither visible nor predicted.
-    color: use a terminal's greys."""
-    marks = ["x"] * N_PATCHES
+    its block (the last, where blocks overlap), a dot one that is neither visible nor predicted.
+    color: use a terminal's greys, which show the level under the marks, too."""
+    marks = ["."] * N_PATCHES
     for mark, patches in zip(" 123456789", [visible, *hidden]):
         for patch in patches.tolist():
             marks[patch] = mark
     level = torch.nn.functional.avg_pool2d(spectrogram[None], (PATCH // 2, PATCH // 4))[0]
-    level = ((level - level.min()) / (level.max() - level.min()) * 9).round().int().tolist()
+    level = ((level - level.min()) / (level.max() - level.min()) * 4).round().int().tolist()
     lines = []
     for y in reversed(range(2 * ROWS)):
         line = ""
         for x in range(4 * COLUMNS):
             mark, shade = marks[y // 2 * COLUMNS + x // 4], level[y][x]
             if color:
-                line += f"\x1b[48;5;{233 + 2 * shade}m\x1b[1;33m{mark}\x1b[0m"
+                line += f"\x1b[48;5;{234 + 4 * shade}m\x1b[1;33m{mark}\x1b[0m"
             else:
-                line += mark if mark != " " and x % 2 else " .:-=+*#%@"[shade]
+                line += " ░▒▓█"[shade] if mark == " " else mark
         lines.append(line)
     return "\n".join(lines)
 
@@ -85,5 +94,5 @@ if __name__ == "__main__":
         visible, hidden = make_masks(kind, n_clips=1, seed=0, step=0)
         print(f"{kind} masks: {visible.shape[1]} of {N_PATCHES} patches visible; "
               f"{hidden.shape[1]} block(s) of {hidden.shape[2]} to predict, marked by digits; "
-              "x: neither")
+              "dots: neither")
         print(draw(spectrogram, visible[0], hidden[0], sys.stdout.isatty()), end="\n\n")

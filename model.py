@@ -6,15 +6,17 @@ Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), se
 """
 
 import copy
+import math
 
 import torch
 from einops import rearrange, repeat
 from torch import nn
 from torch.nn import functional as F
 
-from data import COLUMNS, PATCH, ROWS
+from data import COLUMNS, N_PATCHES, PATCH, ROWS
 
-WIDTHS = {"tiny": 192, "small": 384, "base": 768}    # D; all have 12 layers, and D / 64 heads
+SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}        # width D, layers; D / 64
+                                                                         # heads; base is ViT-B
 
 def select(tokens, indices):
     """Select from the tokens (B, N, any) of each clip those at its indices (B, ...)."""
@@ -29,6 +31,24 @@ def sincos_positions(rows, columns, width):
     angles = places[..., None] * frequencies                                        # (N, 2, D / 4)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
+def rotations(rows, columns, width):
+    """By which angles attention turns the queries and keys of a head, for every patch, as cosines
+    and sines (N, 2, width / 2). Half of the angles grow with the row, half with the column, by a
+    quarter turn a patch at most. So the product of a query and a key tells how far apart they lie,
+    and "the same sound, four columns ago" is found in one step, wherever in the clip it happens.
+    Source: RoFormer (arXiv 2104.09864), 3.2; for images: RoPE-ViT (2403.13298), 3.1."""
+    frequencies = math.pi / 2 / 20 ** (torch.arange(width // 4) / (width // 4))
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))        # (N, 2)
+    angles = (places[..., None] * frequencies).flatten(1)                           # (N, width / 2)
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+def rotate(x, rotation):
+    """Turn x (B, h, n, d) by the rotations (B or 1, n, 2, d / 2) of its tokens: each number of the
+    first half makes a pair with one of the second half, the two coordinates of a point."""
+    cos, sin = rotation[:, None].to(x.dtype).unbind(-2)                             # (B, 1, n, d/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
 class Layer(nn.Module):
     """A pre-norm transformer layer on tokens (B, n, D): attention between them, an MLP on each."""
 
@@ -40,20 +60,19 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
+    def forward(self, x, rotation):
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d",
-                            three=3, h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v)                          # (B, h, n, d)
+                            three=3, h=self.heads)                                  # (B, h, n, d)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.project(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 
 def init_weights(model):
-    """Xavier's uniform weights for every matrix, so that signals keep their size, and zero biases.
-    I-JEPA draws normal weights of deviation 0.02, with which the layers of a narrow encoder start
-    out nearly linear. Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
+    """Normal weights of deviation 0.02 for every matrix and zero biases, as in I-JEPA's code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
 class Encoder(nn.Module):
@@ -61,19 +80,28 @@ class Encoder(nn.Module):
     hidden ones are left out, not set to zero (MAE, arXiv 2111.06377, section 3). So they cost
     nothing, and the encoder never meets a placeholder that no real clip holds."""
 
-    def __init__(self, width):
+    def __init__(self, width, n_layers):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
-        self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(12)))
+        self.register_buffer("rotations", rotations(ROWS, COLUMNS, 64), persistent=False)
+        self.layers = nn.ModuleList(Layer(width, width // 64) for _ in range(n_layers))
         self.norm = nn.LayerNorm(width)
         init_weights(self)
 
-    def forward(self, patches, visible=None):
-        positions = self.positions                                                  # (N, D)
+    def layer_outputs(self, patches, visible=None):
+        """What each layer computes, a list of tensors like the latents, before the last norm."""
+        places = torch.arange(N_PATCHES, device=patches.device)[None]               # (1, N)
         if visible is not None:
-            patches, positions = select(patches, visible), positions[visible]       # (B, C, ...)
-        return self.norm(self.layers(self.embed(patches) + positions))
+            patches, places = select(patches, visible), visible                     # (B, C, ...)
+        x, outputs = self.embed(patches) + self.positions[places], []
+        for layer in self.layers:
+            x = layer(x, self.rotations[places])
+            outputs.append(x)
+        return outputs
+
+    def forward(self, patches, visible=None):
+        return self.norm(self.layer_outputs(patches, visible)[-1])
 
 class Predictor(nn.Module):
     """A narrow ViT: latents (B, C, D) of the visible patches -> predictions (B, M, K, D).
@@ -83,13 +111,14 @@ class Predictor(nn.Module):
     encoder need only describe what it sees. It has half the encoder's width and depth, as in the
     paper, and is thrown away after training."""
 
-    def __init__(self, encoder_width):
+    def __init__(self, encoder_width, encoder_layers):
         super().__init__()
         width, heads = encoder_width // 2, encoder_width // 64                      # P
         self.embed = nn.Linear(encoder_width, width)
         self.register_buffer("positions", sincos_positions(ROWS, COLUMNS, width), persistent=False)
+        self.register_buffer("rotations", rotations(ROWS, COLUMNS, 32), persistent=False)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(6)))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(encoder_layers // 2))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, encoder_width)
         init_weights(self)
@@ -98,62 +127,53 @@ class Predictor(nn.Module):
         M, K = hidden.shape[1:]
         context_tokens = self.embed(latents) + self.positions[visible]              # (B, C, P)
         mask_tokens = self.mask_token + self.positions[hidden]                      # (B, M, K, P)
-        x = torch.cat([repeat(context_tokens, "b c p -> (b m) c p", m=M),
-                       rearrange(mask_tokens, "b m k p -> (b m) k p")], dim=1)     # (B M, C + K, P)
-        predicted = self.norm(self.layers(x)[:, -K:])                               # (B M, K, P)
-        return rearrange(self.project(predicted), "(b m) k d -> b m k d", m=M)
-
-def variance_covariance(latents):
-    """How far the features of latents (B, C, D) are from unit variance and from independence.
-
-        mean over features of  max(0, 1 - std) + 0.1 * (its squared covariances with the others)
-
-    Constant features are the easiest to predict (collapse); the variance term forbids them.
-    Features that encode only position are the next easiest. N positions allow at most N - 1
-    uncorrelated ones, so decorrelation pushes the others to describe sound.
-    Source: VICReg (arXiv 2105.04906), 4.1, with 0.04 for 0.1; in a JEPA: C-JEPA (2410.19560)."""
-    with torch.autocast(latents.device.type, enabled=False):                        # in float32
-        features = latents.float().flatten(0, 1)                                    # (B C, D)
-        features = features - features.mean(0)
-        covariances = features.T @ features / len(features)                         # (D, D)
-        variances = covariances.diagonal()
-        variance = F.relu(1 - (variances + 1e-4).sqrt()).mean()      # 1e-4: a root is steep at 0
-        covariance = (covariances.square().sum() - variances.square().sum()) / len(variances)
-        return variance + 0.1 * covariance
+        x, places = (torch.cat([repeat(context, "b c ... -> (b m) c ...", m=M),
+                                rearrange(masked, "b m k ... -> (b m) k ...")], dim=1)
+                     for context, masked in ((context_tokens, mask_tokens), (visible, hidden)))
+        for layer in self.layers:
+            x = layer(x, self.rotations[places])                                   # (B M, C + K, P)
+        predicted = self.project(self.norm(x[:, -K:]))                              # (B M, K, D)
+        return rearrange(predicted, "(b m) k d -> b m k d", m=M)
 
 class AudioJEPA(nn.Module):
     """Encoder, predictor and target encoder. Calling it computes the loss.
 
-        loss = smooth_l1(predictions, targets) + variance_covariance(latents)
+        loss = smooth_l1(predictions, targets)
 
         latents     = encoder(visible patches)
         predictions = predictor(latents, visible, hidden)
-        targets     = layer_norm(target_encoder(all patches))[hidden], with no gradient
+        targets     = normalize(layers of target_encoder(all patches))[hidden], with no gradient
 
     The target encoder sees all patches, so that a target tells what a patch means among the others
-    (I-JEPA, section 3). Its output is normalised over the features without a learned scale, by
-    which the targets, and the loss with them, could shrink (I-JEPA's code).
-
-    The loss would be least if all patches had the same targets (collapse). Three things stand
-    against it. The targets have no gradient, so they cannot learn to be easy to predict (BYOL,
-    arXiv 2006.07733, 3.1). They follow the encoder only slowly. Both slow collapse down; what makes
-    it expensive is the variance and covariance of the latents."""
+    (I-JEPA, section 3). The loss would be least if all patches had the same targets (collapse).
+    Three things stand against it. The targets have no gradient, so they cannot learn to be easy to
+    predict (BYOL, arXiv 2006.07733, 3.1). They follow the encoder only slowly. And they are
+    normalised so that every feature varies within every clip."""
 
     def __init__(self, size):
         super().__init__()
-        self.encoder, self.predictor = Encoder(WIDTHS[size]), Predictor(WIDTHS[size])
+        self.encoder, self.predictor = Encoder(*SIZES[size]), Predictor(*SIZES[size])
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)     # stop-gradient
+
+    @torch.no_grad()
+    def targets(self, patches):
+        """The targets of all patches (B, N, D): the mean over the layers, each of whose features is
+        first normalised over the clip's patches. That takes away what is the same in the whole clip
+        (level, room), which is easy to predict and would else be all that is learned; the sum over
+        layers holds what a patch is, from the first, and what it means there, from the last.
+        Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
+        outputs = [output.float().mT for output in self.target_encoder.layer_outputs(patches)]
+        total = sum(F.instance_norm(output) for output in outputs).mT               # (B, N, D)
+        return F.layer_norm(total, total.shape[-1:])
 
     def forward(self, patches, visible, hidden):
         """patches (B, N, E), visible (B, C), hidden (B, M, K) -> loss (), predictions (B, M, K, D),
         and the targets of all patches (B, N, D)."""
         latents = self.encoder(patches, visible)                                    # (B, C, D)
         predictions = self.predictor(latents, visible, hidden).float()              # (B, M, K, D)
-        outputs = self.target_encoder(patches).float()                              # (B, N, D)
-        all_targets = F.layer_norm(outputs, outputs.shape[-1:])                     # (B, N, D)
-        targets = select(all_targets, hidden)                                       # (B, M, K, D)
+        all_targets = self.targets(patches)                                         # (B, N, D)
         # Smooth-L1 is half a square below 1 and linear beyond, so outliers do not dominate.
-        loss = F.smooth_l1_loss(predictions, targets) + variance_covariance(latents)
+        loss = F.smooth_l1_loss(predictions, select(all_targets, hidden))
         return loss, predictions, all_targets
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSe
 import argparse
 import collections
 import csv
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from data import (COLUMNS, PATCH, ROWS, SAMPLE_RATE, AudioFiles, BuiltInSounds, InputError, LogMel,
                   patchify, resampler, to_columns)
-from model import WIDTHS, Encoder
+from model import SIZES, Encoder
 from train import DTYPES, find_device, knn_scores, load_checkpoint
 
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
@@ -40,11 +41,11 @@ class FrozenEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.mel, self.encoder = LogMel(config["seconds"]), Encoder(WIDTHS[config["model"]])
+        self.mel, self.encoder = LogMel(config["seconds"]), Encoder(*SIZES[config["model"]])
         self.config, self.dtype = config, DTYPES[config["amp"]]
         self.column_samples = PATCH * self.mel.hop
         self.window_samples = COLUMNS * self.column_samples      # the length of a training clip
-        self.output_dim = ROWS * WIDTHS[config["model"]]
+        self.output_dim = ROWS * self.encoder.norm.weight.numel()
         self.hop_seconds = self.column_samples / SAMPLE_RATE
 
     def embed(self, spectrograms):
@@ -136,11 +137,14 @@ def from_folders(files):
     return table
 
 def load_labelled(folder):
-    """The source of the clips, and for each labelled one: its index there, its classes, and its
-    fold, split or None. Without a folder they are the built-in sounds. Raises InputError."""
+    """The source of the clips; the index there of each labelled one; each one's fold, split or
+    None; and for every question that can be asked, the classes of each one. Folders answer one
+    question, the built-in sounds two. Raises InputError."""
     if folder is None:
         source = BuiltInSounds()
-        return source, [(i, [source.classes[i % 12]], None) for i in range(len(source))]
+        orders, timbres = zip(*map(source.labels, range(len(source))))
+        questions = {"order": [[str(x)] for x in orders], "timbre": [[x] for x in timbres]}
+        return source, range(len(source)), [None] * len(source), questions
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
     source = AudioFiles(folder)
@@ -152,7 +156,8 @@ def load_labelled(folder):
     if not table:
         raise InputError(f"{folder}: no labels; they can be in AudioSet's CSVs, meta/esc50.csv, "
                          "labels.csv (columns filename and category), or a folder for each class")
-    return source, [(files[file], classes, group) for file, (classes, group) in table.items()]
+    classes, groups = zip(*table.values())
+    return source, [files[file] for file in table], groups, {"class": classes}
 
 def make_rounds(labels, groups):
     """Rounds of evaluation as (train, valid, test) clip indices: one for a given split, else one
@@ -277,26 +282,29 @@ def run_probe(args):
     encoders = {"untrained": load_encoder(args.checkpoint, trained=False).to(device),
                 "trained": load_encoder(args.checkpoint).to(device)}
     folder = args.data or encoders["trained"].config["data"]
-    source, clips = load_labelled(folder)
-    features, readable = compute_features(source, [index for index, _, _ in clips], encoders)
-    clips = [clip for clip, good in zip(clips, readable) if good]
-    classes = sorted({name for _, names, _ in clips for name in names})
-    if len(classes) < 2:
-        raise InputError("fewer than two classes have a clip that can be read")
-    labels = torch.tensor([[float(name in names) for name in classes] for _, names, _ in clips])
-    rounds = make_rounds(labels, [group for _, _, group in clips])
-    results = {name: evaluate(x, labels, rounds) for name, x in features.items()}
-    metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
-    print(f"{len(clips):,} clips, {len(classes)} classes; {metric} in %, mean +- deviation over "
-          f"{len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
-    for name, scores in results.items():
-        print(f"{name:10}" + "".join(
-            f"{100 * torch.tensor(x).mean():7.1f} +- {100 * torch.tensor(x).std(correction=0):3.1f}"
-            for x in scores.values()))
+    source, indices, groups, questions = load_labelled(folder)
+    features, readable = compute_features(source, indices, encoders)
+    groups = list(itertools.compress(groups, readable))
+    table = {}
+    for question, answers in questions.items():
+        answers = list(itertools.compress(answers, readable))
+        classes = sorted({name for names in answers for name in names})
+        if len(classes) < 2:
+            raise InputError("fewer than two classes have a clip that can be read")
+        labels = torch.tensor([[float(name in names) for name in classes] for names in answers])
+        rounds = make_rounds(labels, groups)
+        table[question] = {name: evaluate(x, labels, rounds) for name, x in features.items()}
+        metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
+        print(f"{question}: {len(labels):,} clips, {len(classes)} classes; {metric} in %, mean +- "
+              f"deviation over {len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
+        for name, scores in table[question].items():
+            print(f"{name:10}" + "".join(
+                f"{100 * torch.tensor(x).mean():7.1f} +- "
+                f"{100 * torch.tensor(x).std(correction=0):3.1f}" for x in scores.values()))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"checkpoint": args.checkpoint, "data": folder, "metric": metric,
-                       "results": results}, file, indent=1, allow_nan=False)
+            json.dump({"checkpoint": args.checkpoint, "data": folder, "results": table}, file,
+                      indent=1, allow_nan=False)
 
 def main(argv=None):
     """The command line; returns the exit code."""
