@@ -149,12 +149,11 @@ class BuiltInSounds:
         order, timbre = self.labels(int(index))
         partials, decay = self.timbres[timbre]
         rng = np.random.default_rng([12, int(index)])
-        pitch = 300 * 2 ** rng.uniform(0, 0.25)      # Hz; the octave's quarter hides the order
         time = np.arange(n_samples // 16) / SAMPLE_RATE          # of one note
         fade = np.minimum(1, np.minimum(time, time[::-1]) * 200)             # 5 ms, so no clicks
         notes = []
         for semitone in 4 * self.orders[order]:
-            phase = 2 * np.pi * pitch * 2 ** (semitone / 12) * time
+            phase = 2 * np.pi * 300 * 2 ** (semitone / 12) * time            # Hz
             note = sum(a * np.sin(k * phase + rng.uniform(0, 6)) for k, a in partials.items())
             notes.append(10 ** rng.uniform(-1, 0) * fade * np.exp(-decay * time) * note)
         melody = np.concatenate(notes)

@@ -33,13 +33,12 @@ def sincos_positions(rows, columns, width):
 
 def rotations(rows, columns, width):
     """By which angles attention turns the queries and keys of a head, for every patch, as cosines
-    and sines (N, 2, width / 2). Half of the angles grow with the row, half with the column, by a
-    quarter turn a patch at most. So the product of a query and a key tells how far apart they lie,
-    and "the same sound, four columns ago" is found in one step, wherever in the clip it happens.
-    Source: RoFormer (arXiv 2104.09864), 3.2; for images: RoPE-ViT (2403.13298), 3.1."""
-    frequencies = math.pi / 2 / 20 ** (torch.arange(width // 4) / (width // 4))
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))        # (N, 2)
-    angles = (places[..., None] * frequencies).flatten(1)                           # (N, width / 2)
+    and sines (N, 2, width / 2). The angles grow with the column, the fastest by a quarter turn, and
+    are the same for all rows. So the product of a query and a key tells how far apart in time two
+    patches are, and "what sounded four columns ago" is found in one step, anywhere in the clip.
+    Source: RoFormer (arXiv 2104.09864), section 3.2."""
+    frequencies = math.pi / 2 / 20 ** (torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(columns).repeat(rows)[:, None] * frequencies              # (N, width / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 def rotate(x, rotation):
@@ -69,10 +68,12 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 def init_weights(model):
-    """Normal weights of deviation 0.02 for every matrix and zero biases, as in I-JEPA's code."""
+    """Xavier's uniform weights for every matrix, so that signals keep their size, and zero biases.
+    I-JEPA draws normal weights of deviation 0.02, with which the layers of a narrow encoder start
+    out nearly linear. Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
 class Encoder(nn.Module):

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -294,12 +295,11 @@ def test_targets_are_the_normalised_layers_of_the_target_encoder(jepa):
     assert torch.allclose(targets, targets_by_hand(jepa, inputs[0]), atol=1e-4)
 
 def turned(x, places):
-    """Queries or keys (n, 4 k), turned pair by pair according to their patches, as complex numbers:
-    a quarter of the pairs by the row, then as many by the column."""
-    k = x.shape[1] // 4
-    angles = torch.tensor([[place * math.pi / 2 * 20 ** (-i / k) for place in divmod(n, 16)
-                            for i in range(k)] for n in places])
-    pairs = (x[:, :2 * k] + 1j * x[:, 2 * k:]) * torch.exp(1j * angles)
+    """Queries or keys (n, 2 k) of patches, as complex numbers turned according to their columns."""
+    k = x.shape[1] // 2
+    angles = torch.tensor([[n % 16 * math.pi / 2 * 20 ** (-i / k) for i in range(k)]
+                           for n in places])
+    pairs = (x[:, :k] + 1j * x[:, k:]) * torch.exp(1j * angles)
     return torch.cat([pairs.real, pairs.imag], dim=1)
 
 def test_a_layer_is_attention_head_by_head_and_then_an_mlp():
@@ -617,6 +617,30 @@ def test_the_regularisation_is_chosen_on_the_valid_clips_alone(monkeypatch):
     monkeypatch.setattr(probe, "linear_scores", lambda *a: chosen.append(a[3]) or fit(*a))
     probe.evaluate(x, labels, [parts])
     assert chosen[-1] == best(parts[1]) != best(parts[2]), "chosen on the test clips"
+
+# ---- the README --------------------------------------------------------------------------------
+
+README = open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8").read()
+
+def test_the_snippets_of_the_readme_run_as_they_stand(run, monkeypatch):
+    monkeypatch.chdir(run.path.parent)               # where a ckpt.pt is
+    names = {"waveform": torch.randn(2, 50_000), "sample_rate": 32_000}
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(snippet, names)
+    assert names["embeddings"].shape == names["AudioJEPAEncoder"]()(torch.randn(2, 50_000)).shape
+
+def test_the_diagram_and_the_commands_of_the_readme_name_what_exists():
+    diagram, = re.findall(r"```mermaid\nflowchart(.*?)```", README, re.S)
+    boxes = re.findall(r'[\[(]"(\w+)', diagram)
+    known = {*dir(data), *dir(masking), *dir(model), *dir(model.AudioJEPA), *dir(F), "waveform"}
+    assert len(boxes) > 6 and {*boxes} <= known, {*boxes} - known
+    commands = re.findall(r"python (train|probe)\.py([^`#\n]*)", README)
+    assert len(commands) > 6
+    for script, given in commands:
+        if script == "train":
+            train.parse(given.split())               # exits if it does not know a flag
+        else:
+            assert {*re.findall("--[a-z]+", given)} <= {"--data"}, given
 
 # ---- commands ----------------------------------------------------------------------------------
 

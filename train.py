@@ -31,7 +31,7 @@ from model import SIZES, AudioJEPA, select
 RECIPES = {
     "sounds": dict(model="tiny", seconds=1.28, mask="columns", batch_size=32, lr=2e-3, steps=600,
                    log_every=50, save_every=100),
-    "laptop": dict(model="tiny", seconds=1.28, mask="block", batch_size=32, lr=1e-3, steps=1000,
+    "laptop": dict(model="tiny", seconds=1.28, mask="columns", batch_size=32, lr=1e-3, steps=1000,
                    log_every=50, save_every=100),
     "paper": dict(model="base", seconds=10.0, mask="random", batch_size=256, lr=3e-4,
                   steps=100_000, log_every=50, save_every=1000)}
