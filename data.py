@@ -132,7 +132,7 @@ class BuiltInSounds:
     the order. Clip i is a pure function of i."""
     timbres = {                                      # partial: amplitude; and how fast it dies away
         "sine": ({1: 1.0}, 0), "bell": ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
-        "hollow": ({k: 1.3 / (k + 0.3) for k in (1, 3, 5, 7, 9)}, 0),
+        "hollow": ({k: k ** -0.5 for k in (1, 3, 5, 7, 9)}, 0),
         "bright": ({k: k ** -0.5 for k in range(1, 11)}, 0)}
     orders = [(0, *rest) for rest in itertools.permutations((5, 10, 15))]      # semitones
     fingerprint = "built-in sounds"
