@@ -148,15 +148,12 @@ class BuiltInSounds:
         """Yield the clip, which is one window long at any length, and has 16 notes."""
         order, timbre = self.labels(int(index))
         partials, decay = self.timbres[timbre]
-        rng = np.random.default_rng([12, int(index)])
-        time = np.arange(n_samples // 16) / SAMPLE_RATE          # of one note
+        rng, n = np.random.default_rng([12, int(index)]), n_samples // 16        # samples of a note
+        frequency = np.repeat(300 * 2 ** (np.tile(self.orders[order], 4) / 12), n)           # Hz
+        phase, time = 2 * np.pi * frequency.cumsum() / SAMPLE_RATE, np.arange(n) / SAMPLE_RATE
+        tone = sum(a * np.sin(k * phase + rng.uniform(0, 6)) for k, a in partials.items())
         fade = np.minimum(1, np.minimum(time, time[::-1]) * 200)             # 5 ms, so no clicks
-        notes = []
-        for semitone in 4 * self.orders[order]:
-            phase = 2 * np.pi * 300 * 2 ** (semitone / 12) * time            # Hz
-            note = sum(a * np.sin(k * phase + rng.uniform(0, 6)) for k, a in partials.items())
-            notes.append(10 ** rng.uniform(-1, 0) * fade * np.exp(-decay * time) * note)
-        melody = np.concatenate(notes)
+        melody = tone * np.kron(10 ** rng.uniform(-1, 0, 16), fade * np.exp(-decay * time))
         melody *= 10 ** rng.uniform(-1.6, -0.6) / np.sqrt(np.mean(melody ** 2))
         noise = 10 ** rng.uniform(-2.6, -1.6) * rng.standard_normal(len(melody))
         yield torch.from_numpy((melody + noise).astype(np.float32))
