@@ -88,7 +88,7 @@ def draw(spectrogram, visible, hidden, color):
     return "\n".join(lines)
 
 if __name__ == "__main__":
-    sound = next(BuiltInSounds().windows(3, hop_samples(1.28) * N_FRAMES))
+    sound = next(BuiltInSounds().windows(20, hop_samples(1.28) * N_FRAMES))
     spectrogram = LogMel(1.28).log_mel(sound[None])[0]
     for kind in MASKS:
         visible, hidden = make_masks(kind, n_clips=1, seed=0, step=0)

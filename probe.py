@@ -144,7 +144,8 @@ def load_labelled(folder):
         source = BuiltInSounds()
         orders, timbres = zip(*map(source.labels, range(len(source))))
         questions = {"order": [[str(x)] for x in orders], "timbre": [[x] for x in timbres]}
-        return source, range(len(source)), [None] * len(source), questions
+        groups = ["train"] * 1920 + ["test"] * 480           # as many of each class in both
+        return source, range(len(source)), groups, questions
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
     source = AudioFiles(folder)
