@@ -2,7 +2,8 @@
 
 In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off frozen
 features, by a linear classifier and by the nearest neighbours. Two rows that learned nothing stand
-beside the trained encoder: the plain log-mel, and an untrained encoder of the same shape.
+beside the trained encoder: the plain log-mel, and an untrained encoder of the same shape. The
+latter is the same run without its prediction, because the loss has no other term.
 Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSet (1609.09430).
 
     python probe.py ckpt.pt                       on the data of the training, if it has labels
