@@ -2,7 +2,7 @@
 
 In: the kind of mask, the number of clips, seed and step. Out: the indices of the visible patches
 (B, C) and of the hidden ones to predict (B, M, K), on the grid of 8 rows (frequency) x 16 columns
-(time), counted row by row. No patch is in both. `python masking.py` draws one.
+(time), counted row by row. No patch is in both. `python masking.py` draws them.
 Sources: blocks, I-JEPA (arXiv 2301.08243), section 3; random, Audio-JEPA (2507.02915), section 2.
 Columns are our own.
 """

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from data import COLUMNS, N_PATCHES, PATCH, ROWS
 
-SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}        # width D, layers; D / 64
-                                                                         # heads; base is ViT-B
+SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}   # width D, number of layers;
+                                                                    # D / 64 heads; base is ViT-B
 
 def select(tokens, indices):
     """Select from the tokens (B, N, any) of each clip those at its indices (B, ...)."""
@@ -32,10 +32,11 @@ def sincos_positions(rows, columns, width):
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 def rotations(rows, columns, width):
-    """By which angles attention turns the queries and keys of a head, for every patch, as cosines
-    and sines (N, 2, width / 2). The angles grow with the column, the fastest by a quarter turn, and
-    are the same for all rows. So the product of a query and a key tells how far apart in time two
-    patches are, and "what sounded four columns ago" is found in one step, anywhere in the clip.
+    """Rotary positions: by which angles attention turns the queries and keys of a head, for every
+    patch, as cosines and sines (N, 2, width / 2). The angles grow with the column, the fastest by a
+    quarter turn a column, and are the same for all rows. So the product of a query and a key tells
+    how far apart in time two patches are, and "what sounded four columns ago" is found in one step,
+    anywhere in the clip.
     Source: RoFormer (arXiv 2104.09864), section 3.2."""
     frequencies = math.pi / 2 / 20 ** (torch.arange(width // 2) / (width // 2))
     angles = torch.arange(columns).repeat(rows)[:, None] * frequencies              # (N, width / 2)
@@ -149,7 +150,8 @@ class AudioJEPA(nn.Module):
     (I-JEPA, section 3). The loss would be least if all patches had the same targets (collapse).
     Three things stand against it. The targets have no gradient, so they cannot learn to be easy to
     predict (BYOL, arXiv 2006.07733, 3.1). They follow the encoder only slowly. And they are
-    normalised so that every feature varies within every clip."""
+    normalised so that every feature varies within every clip; what may still be alike in all clips
+    is a code of the place, which is why train.py logs `spread` and `explained`."""
 
     def __init__(self, size):
         super().__init__()
@@ -158,10 +160,11 @@ class AudioJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, patches):
-        """The targets of all patches (B, N, D): the mean over the layers, each of whose features is
-        first normalised over the clip's patches. That takes away what is the same in the whole clip
-        (level, room), which is easy to predict and would else be all that is learned; the sum over
-        layers holds what a patch is, from the first, and what it means there, from the last.
+        """The targets of all patches (B, N, D): the sum of the layers, each of which is first
+        normalised over the clip's patches; in the end, all is normalised over the features. The
+        former takes away what is the same in the whole clip (level, room), which is easy to predict
+        and would else be all that is learned. The sum holds what a patch is, from the first layers,
+        and what it means among the others, from the last.
         Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
         outputs = [output.float().mT for output in self.target_encoder.layer_outputs(patches)]
         total = sum(F.instance_norm(output) for output in outputs).mT               # (B, N, D)

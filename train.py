@@ -3,7 +3,8 @@
 In: a folder of audio (--data), or nothing (built-in sounds). Out: a checkpoint, which probe.py and
 --resume read, and a log beside it as .csv. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
-    python train.py                              a first run of a few minutes, on built-in sounds
+    python train.py                              a first run, on built-in sounds; the README tells
+                                                 what it costs and reaches
     python train.py --data /path/audioset        the paper's run on a GPU, a laptop's elsewhere
 """
 
