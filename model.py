@@ -6,10 +6,9 @@ Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), se
 """
 
 import copy
-import math
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,29 +17,40 @@ from data import COLUMNS, N_PATCHES, PATCH, ROWS
 SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}   # width D, number of layers;
                                                                     # D / 64 heads; base is ViT-B
 
+
 def select(tokens, indices):
-    """Select from the tokens (B, N, any) of each clip those at its indices (B, ...)."""
-    return tokens.take_along_dim(indices.flatten(1)[..., None], 1).unflatten(1, indices.shape[1:])
+    """Select from the tokens (B, N, any) of each clip those at its indices (B, n)."""
+    return tokens.take_along_dim(indices[..., None], dim=1)
+
+
+def normalize(x, dim):
+    """x with mean 0 and variance 1 along a dimension."""
+    x = x - x.mean(dim, keepdim=True)
+    return x * (x.square().mean(dim, keepdim=True) + 1e-5).rsqrt()
+
 
 def sincos_positions(rows, columns, width):
     """A fixed code for the row and column of every patch (N, width), because attention ignores
     order. Its first half holds sines and cosines of the row, its second half those of the column.
     Source: Attention is all you need (arXiv 1706.03762), 3.5; for images: MAE (2111.06377)."""
     frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))        # (N, 2)
-    angles = places[..., None] * frequencies                                        # (N, 2, D / 4)
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))          # (N, 2)
+    angles = grid[..., None] * frequencies                                          # (N, 2, D / 4)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
+
 def rotations(rows, columns, width):
-    """Rotary positions: by which angles attention turns the queries and keys of a head, for every
-    patch, as cosines and sines (N, 2, width / 2). The angles grow with the column, the fastest by a
-    quarter turn a column, and are the same for all rows. So the product of a query and a key tells
-    how far apart in time two patches are, and "what sounded four columns ago" is found in one step,
-    anywhere in the clip.
+    """Rotary positions in time: by which angles attention turns the queries and keys of a head, for
+    every patch, as cosines and sines (N, 2, width / 2).
+
+    Not in the paper: it has fixed codes alone. Here the angles grow with the column of a patch, so
+    the product of a query and a key tells how far apart in time two patches are, and what sounded
+    a moment ago is found in one step, anywhere in the clip.
     Source: RoFormer (arXiv 2104.09864), section 3.2."""
-    frequencies = math.pi / 2 / 20 ** (torch.arange(width // 2) / (width // 2))
+    frequencies = 1 / 10_000 ** (torch.arange(width // 2) / (width // 2))
     angles = torch.arange(columns).repeat(rows)[:, None] * frequencies              # (N, width / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
+
 
 def rotate(x, rotation):
     """Turn x (B, h, n, d) by the rotations (B or 1, n, 2, d / 2) of its tokens: each number of the
@@ -48,6 +58,7 @@ def rotate(x, rotation):
     cos, sin = rotation[:, None].to(x.dtype).unbind(-2)                             # (B, 1, n, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
 
 class Layer(nn.Module):
     """A pre-norm transformer layer on tokens (B, n, D): attention between them, an MLP on each."""
@@ -68,6 +79,7 @@ class Layer(nn.Module):
         x = x + self.project(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 
+
 def init_weights(model):
     """Xavier's uniform weights for every matrix, so that signals keep their size, and zero biases.
     I-JEPA draws normal weights of deviation 0.02, with which the layers of a narrow encoder start
@@ -76,6 +88,7 @@ def init_weights(model):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+
 
 class Encoder(nn.Module):
     """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) for the visible ones alone. The
@@ -93,25 +106,25 @@ class Encoder(nn.Module):
 
     def layer_outputs(self, patches, visible=None):
         """What each layer computes, a list of tensors like the latents, before the last norm."""
-        places = torch.arange(N_PATCHES, device=patches.device)[None]               # (1, N)
+        indices = torch.arange(N_PATCHES, device=patches.device)[None]              # (1, N)
         if visible is not None:
-            patches, places = select(patches, visible), visible                     # (B, C, ...)
-        x, outputs = self.embed(patches) + self.positions[places], []
+            indices, patches = visible, select(patches, visible)                    # (B, C, ...)
+        x, outputs = self.embed(patches) + self.positions[indices], []
         for layer in self.layers:
-            x = layer(x, self.rotations[places])
+            x = layer(x, self.rotations[indices])
             outputs.append(x)
         return outputs
 
     def forward(self, patches, visible=None):
         return self.norm(self.layer_outputs(patches, visible)[-1])
 
-class Predictor(nn.Module):
-    """A narrow ViT: latents (B, C, D) of the visible patches -> predictions (B, M, K, D).
 
-    A hidden patch enters as a mask token: one learned vector plus the patch's position. Each block
-    is predicted without sight of the others. Because the predictor knows where to predict, the
-    encoder need only describe what it sees. It has half the encoder's width and depth, as in the
-    paper, and is thrown away after training."""
+class Predictor(nn.Module):
+    """A narrow ViT: latents (B, C, D) of the visible patches -> predictions (B, K, D).
+
+    A hidden patch enters as a mask token: one learned vector plus the patch's position. Because the
+    predictor knows where to predict, the encoder need only describe what it sees. The predictor has
+    half the encoder's width and depth, as in the paper, and is thrown away after training."""
 
     def __init__(self, encoder_width, encoder_layers):
         super().__init__()
@@ -126,16 +139,14 @@ class Predictor(nn.Module):
         init_weights(self)
 
     def forward(self, latents, visible, hidden):
-        M, K = hidden.shape[1:]
         context_tokens = self.embed(latents) + self.positions[visible]              # (B, C, P)
-        mask_tokens = self.mask_token + self.positions[hidden]                      # (B, M, K, P)
-        x, places = (torch.cat([repeat(context, "b c ... -> (b m) c ...", m=M),
-                                rearrange(masked, "b m k ... -> (b m) k ...")], dim=1)
-                     for context, masked in ((context_tokens, mask_tokens), (visible, hidden)))
+        mask_tokens = self.mask_token + self.positions[hidden]                      # (B, K, P)
+        x = torch.cat([context_tokens, mask_tokens], dim=1)                         # (B, N, P)
+        rotation = self.rotations[torch.cat([visible, hidden], dim=1)]
         for layer in self.layers:
-            x = layer(x, self.rotations[places])                                   # (B M, C + K, P)
-        predicted = self.project(self.norm(x[:, -K:]))                              # (B M, K, D)
-        return rearrange(predicted, "(b m) k d -> b m k d", m=M)
+            x = layer(x, rotation)
+        return self.project(self.norm(x[:, visible.shape[1]:]))                     # (B, K, D)
+
 
 class AudioJEPA(nn.Module):
     """Encoder, predictor and target encoder. Calling it computes the loss.
@@ -150,8 +161,8 @@ class AudioJEPA(nn.Module):
     (I-JEPA, section 3). The loss would be least if all patches had the same targets (collapse).
     Three things stand against it. The targets have no gradient, so they cannot learn to be easy to
     predict (BYOL, arXiv 2006.07733, 3.1). They follow the encoder only slowly. And they are
-    normalised so that every feature varies within every clip; what may still be alike in all clips
-    is a code of the place, which is why train.py logs `spread` and `explained`."""
+    normalised so that every feature varies within every clip. What they may still come to share in
+    all clips is a code of the place, which is why train.py logs `spread` and `explained`."""
 
     def __init__(self, size):
         super().__init__()
@@ -160,21 +171,22 @@ class AudioJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, patches):
-        """The targets of all patches (B, N, D): the sum of the layers, each of which is first
-        normalised over the clip's patches; in the end, all is normalised over the features. The
-        former takes away what is the same in the whole clip (level, room), which is easy to predict
-        and would else be all that is learned. The sum holds what a patch is, from the first layers,
-        and what it means among the others, from the last.
+        """The targets of all patches (B, N, D).
+
+        Not in the paper: it takes the last layer alone. Here every layer is normalised over the
+        patches of the clip, which removes what is the same in all of it (level, room) and so is
+        easy to predict. The sum of the layers holds what a patch is, from the first ones, and what
+        it means among the others, from the last.
         Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
-        outputs = [output.float().mT for output in self.target_encoder.layer_outputs(patches)]
-        total = sum(F.instance_norm(output) for output in outputs).mT               # (B, N, D)
-        return F.layer_norm(total, total.shape[-1:])
+        outputs = self.target_encoder.layer_outputs(patches)
+        total = sum(normalize(output.float(), dim=1) for output in outputs)         # over patches
+        return normalize(total, dim=2)                                              # over features
 
     def forward(self, patches, visible, hidden):
-        """patches (B, N, E), visible (B, C), hidden (B, M, K) -> loss (), predictions (B, M, K, D),
-        and the targets of all patches (B, N, D)."""
+        """patches (B, N, E), visible (B, C), hidden (B, K) -> loss (), predictions (B, K, D), and
+        the targets of all patches (B, N, D)."""
         latents = self.encoder(patches, visible)                                    # (B, C, D)
-        predictions = self.predictor(latents, visible, hidden).float()              # (B, M, K, D)
+        predictions = self.predictor(latents, visible, hidden).float()              # (B, K, D)
         all_targets = self.targets(patches)                                         # (B, N, D)
         # Smooth-L1 is half a square below 1 and linear beyond, so outliers do not dominate.
         loss = F.smooth_l1_loss(predictions, select(all_targets, hidden))
@@ -185,5 +197,6 @@ class AudioJEPA(nn.Module):
         """target_encoder = momentum * target_encoder + (1 - momentum) * encoder, after each step.
         This exponential moving average (BYOL, 3.1) changes slowly, so the targets hold still while
         the encoder learns to predict them, and the noise of single steps is smoothed."""
-        torch._foreach_lerp_(list(self.target_encoder.parameters()),
-                             list(self.encoder.parameters()), 1 - momentum)
+        for slow, fast in zip(self.target_encoder.parameters(), self.encoder.parameters(),
+                              strict=True):
+            slow.lerp_(fast, 1 - momentum)

@@ -2,8 +2,7 @@
 
 In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off frozen
 features, by a linear classifier and by the nearest neighbours. Two rows that learned nothing stand
-beside the trained encoder: the plain log-mel, and an untrained encoder of the same shape. The
-latter is the same run without its prediction, because the loss has no other term.
+beside the trained encoder: the plain log-mel, and the untrained encoder with which the run began.
 Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSet (1609.09430).
 
     python probe.py ckpt.pt                       on the data of the training, if it has labels
@@ -13,7 +12,7 @@ Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSe
 import argparse
 import collections
 import csv
-import itertools
+import glob
 import json
 import math
 import os
@@ -24,210 +23,142 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from data import (COLUMNS, PATCH, ROWS, SAMPLE_RATE, AudioFiles, BuiltInSounds, InputError, LogMel,
-                  patchify, resampler, to_columns)
-from model import SIZES, Encoder
-from train import DTYPES, find_device, knn_scores, load_checkpoint
+import data
+from data import InputError
+from model import AudioJEPA
+from train import DTYPES, find_amp, find_device, knn_scores, load_checkpoint, standardize
 
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
-SPLITS = ("train", "valid", "test")
-AUDIOSET = (("balanced_train_segments.csv", "train"), ("eval_segments.csv", "test"))
+WINDOWS_AT_ONCE = 32                                 # that go through the encoder together
+SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
+
 
 # ---- a trained encoder for use -----------------------------------------------------------------
+
 
 class FrozenEncoder(nn.Module):
     """Waveforms in, embeddings over time out: one of `output_dim` numbers (D') every `hop_seconds`.
     It holds the 8 patches of a column side by side, because their average would mix high
-    frequencies with low ones (Riou et al., arXiv 2405.08679)."""
+    frequencies with low ones (Riou et al., arXiv 2405.08679). `requires_grad_(True)` thaws it."""
 
     def __init__(self, config):
         super().__init__()
-        self.mel, self.encoder = LogMel(config["seconds"]), Encoder(*SIZES[config["model"]])
-        self.config, self.dtype = config, DTYPES[config["amp"]]
-        self.column_samples = PATCH * self.mel.hop
-        self.window_samples = COLUMNS * self.column_samples      # the length of a training clip
-        self.output_dim = ROWS * self.encoder.norm.weight.numel()
-        self.hop_seconds = self.column_samples / SAMPLE_RATE
+        torch.manual_seed(config["seed"])            # the same weights as at the start of the run
+        self.mel, self.encoder = data.LogMel(config["seconds"]), AudioJEPA(config["model"]).encoder
+        self.config = config
+        self.column_samples = data.PATCH * self.mel.hop
+        self.window_samples = data.COLUMNS * self.column_samples   # the length of a training clip
+        self.output_dim = data.ROWS * self.encoder.norm.weight.numel()
+        self.hop_seconds = self.column_samples / data.SAMPLE_RATE
 
     def embed(self, spectrograms):
-        """Log-mel spectrograms (B, F, T) of a window each -> embeddings (B, T', D')."""
-        with torch.autocast(spectrograms.device.type, self.dtype, self.dtype != torch.float32):
-            return to_columns(self.encoder(patchify(spectrograms)).float())
+        """Log-mel spectrograms (B, M, T) of a window each -> embeddings (B, T', D')."""
+        device = spectrograms.device.type
+        amp = find_amp(device)
+        with torch.autocast(device, DTYPES[amp], enabled=amp != "off"):
+            return data.to_columns(self.encoder(data.patchify(spectrograms)).float())
 
-    @torch.no_grad()
     def forward(self, waveform, sample_rate):
         """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound.
         Long audio goes through in windows that know nothing of one another. Raises InputError."""
         waveform = torch.atleast_2d(torch.as_tensor(waveform))
-        if waveform.shape[1] == 0 or not waveform.is_floating_point():
-            raise InputError("a waveform must hold floats between -1 and 1, and at least one")
-        waveform = resampler(sample_rate)(waveform.float().cpu())
+        if (waveform.ndim > 2 or waveform.numel() == 0 or not waveform.is_floating_point()
+                or not waveform.abs().max() < 1e4):              # NaN fails any comparison
+            raise InputError("a waveform has finite floats between -1 and 1 and the shape (samples,"
+                             f") or (clips, samples), not {waveform.dtype} {[*waveform.shape]}")
+        if len(waveform) > waveform.shape[1]:
+            raise InputError(f"{len(waveform):,} clips of {waveform.shape[1]} samples: if these "
+                             "are channels, give waveform.mean(1)")
+        if self.mel.mean.dtype != torch.float32 or sample_rate != int(sample_rate):
+            raise InputError("the encoder must stay in float32, which logarithms need (mixed "
+                             "precision is on by itself), and the rate must be a whole number")
+        waveform = data.resampler(int(sample_rate))(waveform.float().cpu())
         padded = F.pad(waveform, (0, -waveform.shape[1] % self.window_samples))
         windows = rearrange(padded, "b (w s) -> (b w) s", s=self.window_samples)
         embeddings = torch.cat([self.embed(self.mel(part.to(self.mel.mean.device)))
-                                for part in windows.split(32)])
+                                for part in windows.split(WINDOWS_AT_ONCE)])
         embeddings = rearrange(embeddings, "(b w) t d -> b (w t) d", b=len(waveform))
         return embeddings[:, :math.ceil(waveform.shape[1] / self.column_samples)]
 
+
 def load_encoder(path, trained=True):
-    """A checkpoint's target encoder, or an untrained one like it, on the CPU. Raises InputError."""
+    """The target encoder of a checkpoint, or the untrained encoder with which its run began, on the
+    CPU, frozen. Raises InputError."""
     checkpoint = load_checkpoint(path)
-    torch.manual_seed(0)                             # the weights of the untrained one
     encoder = FrozenEncoder(checkpoint["config"])
     encoder.mel.load_state_dict(checkpoint["mel"])
     if trained:
         encoder.encoder.load_state_dict(checkpoint["target_encoder"])
-    return encoder.eval()
+    return encoder.requires_grad_(False).eval()
 
-# ---- labels ------------------------------------------------------------------------------------
-
-def read_csv(path, columns, header=None):
-    """The rows of a CSV file as dicts; none if it is not there. Raises InputError if a row lacks
-    one of `columns`. header: the names of the columns, for a file that begins with comments."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = [line for line in file if not (header and line.startswith("#"))]
-    rows = list(csv.DictReader(lines, header, skipinitialspace=True))
-    for row in rows:
-        if any(row.get(column) is None for column in columns):
-            raise InputError(f"{path}: no column {' or '.join(columns)} in {row}")
-    return rows
-
-def from_audioset(folder, files):
-    """AudioSet's official CSVs -> {file: (labels, split)}. The name of a file begins with its
-    YTID, or with Y and that. If class_labels_indices.csv is there, only its classes count."""
-    names = {os.path.basename(file): file for file in files}
-    by_id = {name[1:12]: file for name, file in names.items() if name.startswith("Y")}
-    by_id |= {name[:11]: file for name, file in names.items()}
-    classes = read_csv(os.path.join(folder, "class_labels_indices.csv"), ["mid"])
-    known, table = {row["mid"] for row in classes}, {}
-    for name, split in AUDIOSET:
-        path, header = os.path.join(folder, name), ["YTID", "start", "end", "labels"]
-        for row in read_csv(path, ["labels"], header):
-            labels = [x for x in row["labels"].split(",") if not known or x in known]
-            if row["YTID"] in by_id and labels:
-                table[by_id[row["YTID"]]] = labels, split
-    return table
-
-def from_table(path, files):
-    """A CSV with columns filename, category, and perhaps split or fold -> {file: ([class], group)}.
-    A filename is a path below the folder, or a name that only one file there has."""
-    by_name, table = collections.defaultdict(set), {}
-    for file in files:
-        by_name[file].add(file)
-        by_name[os.path.basename(file)].add(file)
-    for row in read_csv(path, ["filename", "category"]):
-        found, split = list(by_name[row["filename"]]), (row.get("split") or "").lower()
-        if split not in ("", *SPLITS):
-            raise InputError(f"{path}: the split {split!r}; it can be {', '.join(SPLITS)}")
-        if len(found) > 1 or found and found[0] in table:
-            raise InputError(f"{path}: {row['filename']!r} stands for several files or rows")
-        if found:
-            table[found[0]] = [row["category"]], split or row.get("fold") or None
-    return table
-
-def from_folders(files):
-    """A folder for each class, perhaps below train/, valid/, test/ -> {file: ([class], group)}."""
-    table = {}
-    for file in files:
-        *folders, _ = file.split(os.sep)
-        group = folders.pop(0) if len(folders) > 1 and folders[0] in SPLITS else None
-        if folders:
-            table[file] = [folders[0]], group
-    return table
-
-def load_labelled(folder):
-    """The source of the clips; the index there of each labelled one; each one's fold, split or
-    None; and for every question that can be asked, the classes of each one. Folders answer one
-    question, the built-in sounds two. Raises InputError."""
-    if folder is None:
-        source = BuiltInSounds()
-        orders, timbres = zip(*map(source.labels, range(len(source))))
-        questions = {"order": [[str(x)] for x in orders], "timbre": [[x] for x in timbres]}
-        groups = ["train"] * 1920 + ["test"] * 480           # as many of each class in both
-        return source, range(len(source)), groups, questions
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
-    source = AudioFiles(folder)
-    files = {os.fsdecode(bytes(path)): i for i, path in enumerate(source.paths)}
-    table = (from_audioset(folder, files)
-             or from_table(os.path.join(folder, "meta", "esc50.csv"), files)
-             or from_table(os.path.join(folder, "labels.csv"), files) or from_folders(files))
-    print(f"{len(table):,} of the {len(files):,} files in {folder} have a label")
-    if not table:
-        raise InputError(f"{folder}: no labels; they can be in AudioSet's CSVs, meta/esc50.csv, "
-                         "labels.csv (columns filename and category), or a folder for each class")
-    classes, groups = zip(*table.values())
-    return source, [files[file] for file in table], groups, {"class": classes}
-
-def make_rounds(labels, groups):
-    """Rounds of evaluation as (train, valid, test) clip indices: one for a given split, else one
-    for each fold. `valid` chooses the regularisation; if it is not given, it is a tenth of the
-    clips that are not for testing. Raises InputError."""
-    kinds = set(groups)
-    split = bool(kinds & set(SPLITS))
-    if None in kinds and len(kinds) > 1 or split and not {"train", "test"} <= kinds <= set(SPLITS):
-        raise InputError("every clip needs a fold, or every clip a split of train, valid or test; "
-                         f"here are {', '.join(sorted(map(str, kinds)))}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    if len(kinds) == 1:                              # none given: deal out each class to five folds
-        by_class = order[labels[order].argmax(1).argsort(stable=True)]
-        groups = (by_class.argsort() % 5).tolist()
-    rounds = []
-    for name in ["test"] if split else sorted(set(groups)):
-        test = torch.tensor([groups[i] == name for i in order.tolist()])
-        rest = order[~test]
-        valid = torch.tensor([groups[i] == "valid" for i in rest.tolist()])
-        if not valid.any():
-            valid = torch.arange(len(rest)) % 10 == 0
-        rounds.append((rest[~valid], rest[valid], order[test]))
-    if min(len(clips) for parts in rounds for clips in parts) == 0:
-        raise InputError("too few clips to train on, to choose by and to test on")
-    return rounds
 
 # ---- features ----------------------------------------------------------------------------------
 
+
+def batches_of_windows(source, indices, n_samples):
+    """Yield lists of the windows of clips, one clip after another, as (index of the clip, waveform
+    (S,), samples before the padding). Prints which clips cannot be read, or only in part."""
+    windows = []
+    for index in indices:
+        try:
+            for window in source.windows(index, n_samples):
+                windows.append((index, F.pad(window, (0, n_samples - len(window))), len(window)))
+                if len(windows) == WINDOWS_AT_ONCE:
+                    yield windows
+                    windows = []
+        except InputError as error:
+            print(f"unusable from here on: {source.name(index)}: {error}", flush=True)
+    if windows:
+        yield windows
+
+
 @torch.no_grad()
 def compute_features(source, indices, encoders):
-    """Features of the clips of `source` that can be read, {name: (n, features)}, and which can:
-    the mean and the standard deviation over the time in which a clip holds sound, (n, 2 D') for the
-    encoders and (n, 2 F) for the log-mel. Clips are read by windows, to bound the memory."""
-    encoder = encoders["trained"]
-    features, readable = collections.defaultdict(list), []
-    for index in indices:
-        sums = collections.defaultdict(float)        # of 1, x and x ** 2 over time
-        try:
-            for window in source.windows(index, encoder.window_samples):
-                padded = F.pad(window, (0, encoder.window_samples - len(window)))
-                spectrogram = encoder.mel(padded[None].to(encoder.mel.mean.device))
-                series = {"log-mel": spectrogram.mT}
-                series |= {name: each.embed(spectrogram) for name, each in encoders.items()}
-                for name, x in series.items():       # (1, frames or T', features)
-                    x = x[0, :math.ceil(x.shape[1] * len(window) / encoder.window_samples)].cpu()
-                    sums[name] += torch.stack([x ** 0, x, x ** 2]).sum(1)
-        except InputError as error:
-            print(f"unusable: {source.name(index)}: {error}", flush=True)
-            sums.clear()
-        readable.append(bool(sums))
-        for name, (n, total, squares) in sums.items():
-            mean, std = total / n, (squares / n - (total / n) ** 2).clamp(min=0).sqrt()
-            features[name].append(torch.cat([mean, std]))
-        if len(readable) % 1000 == 0:
-            print(f"features of {len(readable):,} of {len(indices):,} clips", flush=True)
-    return {name: torch.stack(rows) for name, rows in features.items()}, readable
+    """One vector for each clip: the mean and the standard deviation over the time in which it holds
+    sound. Clips are read by windows, so that memory does not grow with their length.
+
+    encoders: {name: FrozenEncoder}, of one checkpoint. Returns {name: {index: (2 D',)}}, without
+    the clips that cannot be read; under "log-mel" are those of the spectrogram itself, (2 M,)."""
+    encoder = next(iter(encoders.values()))
+    features, sums = collections.defaultdict(dict), {}           # sums over time of 1, x and x ** 2
+
+    def finish(open_clip=None):
+        """Turn the sums of all clips but `open_clip`, whose windows are not over, into features."""
+        for name, index in [key for key in sums if key[1] != open_clip]:
+            n, total, squares = sums.pop((name, index))
+            mean = total / n
+            std = (squares / n - mean ** 2).clamp(min=0).sqrt()
+            features[name][index] = torch.cat([mean, std]).float()
+
+    for windows in batches_of_windows(source, indices, encoder.window_samples):
+        clips, waveforms, samples = zip(*windows, strict=True)
+        spectrograms = encoder.mel(torch.stack(waveforms).to(encoder.mel.mean.device))
+        series = {"log-mel": spectrograms.mT}
+        series |= {name: each.embed(spectrograms) for name, each in encoders.items()}
+        for name, batch in series.items():           # (B, frames or T', features)
+            batch = batch.double().cpu()             # for the squares
+            for index, x, n in zip(clips, batch, samples, strict=True):
+                x = x[:math.ceil(len(x) * n / encoder.window_samples)]
+                new = torch.stack([torch.ones_like(x), x, x ** 2]).sum(1)
+                sums[name, index] = sums.get((name, index), 0) + new
+        finish(open_clip=clips[-1])
+    finish()
+    return features
+
 
 # ---- the two probes ----------------------------------------------------------------------------
+
 
 def binary_cross_entropy(scores, labels):
     """The loss for several labels a clip: a mean over clips, but a sum over classes."""
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / len(labels)
 
+
 def linear_scores(train, labels, test, l2, loss_function):
-    """Fit one linear layer to features (n, D') with labels (n, classes); scores (m, classes) of
-    `test`. Minimises loss + l2 / 2 * |weights|^2 on standardised features, by L-BFGS."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
+    """Fit one linear layer to features (n, features) with labels (n, classes); scores (m, classes)
+    of `test`. Minimises loss + l2 / 2 * |weights|^2 on standardised features, by L-BFGS."""
+    train, test = standardize(train, test)
     weights = torch.zeros(train.shape[1], labels.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
@@ -242,21 +173,24 @@ def linear_scores(train, labels, test, l2, loss_function):
     optimizer.step(closure)
     return (test @ weights + bias).detach()
 
+
 def accuracy(scores, labels):
     """The share of clips whose highest score is that of their class."""
     return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
+
 
 def mean_average_precision(scores, labels):
     """The mean over classes of the average precision at the clips that have the class. Clips of the
     same score share a rank. Source: AudioSet (arXiv 1609.09430), section 4."""
     precisions = []
-    for score, truth in zip(scores.T, labels.T.double()):
+    for score, truth in zip(scores.T, labels.T.double(), strict=True):
         if truth.any():
             rank = score.unique(return_inverse=True)[1]          # 0 is the lowest score
             hits = rank.bincount(truth).flip(0)                  # from the highest score down
             precision = hits.cumsum(0) / rank.bincount().flip(0).cumsum(0)
             precisions.append((hits * precision).sum() / hits.sum())
     return torch.stack(precisions).mean().item()
+
 
 def evaluate(features, labels, rounds):
     """Both probes in every round: {'linear': [score a round], 'kNN': [score a round]}."""
@@ -269,44 +203,196 @@ def evaluate(features, labels, rounds):
         for l2 in L2_STRENGTHS:
             scores = linear_scores(features[train], labels[train], features[valid], l2, loss)
             losses[l2] = loss(scores, labels[valid])
-        l2, known = min(losses, key=losses.get), torch.cat([train, valid])
-        scores = linear_scores(features[known], labels[known], features[test], l2, loss)
+        l2, both = min(losses, key=losses.get), torch.cat([train, valid])
+        scores = linear_scores(features[both], labels[both], features[test], l2, loss)
         results["linear"].append(metric(scores, labels[test]))
-        scores = knn_scores(features[known], labels[known], features[test])
+        known, asked = standardize(features[both], features[test])
+        scores = knn_scores(known, labels[both], asked)
         results["kNN"].append(metric(scores, labels[test]))
     return results
 
+
+def make_rounds(labels, folds):
+    """Rounds of evaluation as (train, valid, test) clip indices: one for a given split, else one
+    for each fold. `valid` chooses the regularisation; if it is not given, it is a tenth of the
+    clips that are not for testing. Raises InputError."""
+    kinds = set(folds)
+    is_split = bool(kinds & {*SPLITS.values()})
+    if None in kinds and len(kinds) > 1 or is_split and not (
+            {"train", "test"} <= kinds <= {*SPLITS.values()}):
+        raise InputError("every clip needs a fold, or every clip a split of train, valid or test; "
+                         f"here are {', '.join(sorted(map(str, kinds)))}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    if len(kinds) == 1:                              # none given: deal out each class to five folds
+        by_class = order[labels[order].argmax(1).argsort(stable=True)]
+        folds = (by_class.argsort() % 5).tolist()
+    rounds = []
+    for name in ["test"] if is_split else sorted(set(folds)):
+        test = torch.tensor([folds[i] == name for i in order.tolist()])
+        rest = order[~test]
+        valid = torch.tensor([folds[i] == "valid" for i in rest.tolist()])
+        if not valid.any():
+            valid = torch.arange(len(rest)) % 10 == 0
+        rounds.append((rest[~valid], rest[valid], order[test]))
+        if min(map(len, rounds[-1])) == 0:
+            raise InputError("too few clips to train on, to choose by and to test on")
+        unseen = (labels[order[test]].any(0) & ~labels[rest].any(0)).sum()
+        if unseen:
+            print(f"warning: {unseen} classes of test fold {name} have no clip to train on")
+    return rounds
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+def read_csv(path, columns, header=None):
+    """The rows of a CSV file as dicts. Raises InputError if a row lacks one of `columns`. header:
+    the names of the columns, for a file that begins with comments."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        lines = [line for line in file if not (header and line.startswith("#"))]
+    rows = list(csv.DictReader(lines, header, skipinitialspace=True))
+    for row in rows:
+        if any(row.get(column) is None for column in columns):
+            raise InputError(f"{path}: no column {' or '.join(columns)} in {row}")
+    return rows
+
+
+def from_audioset(tables):
+    """AudioSet's official CSVs -> rows of (YTID, labels, split). If class_labels_indices.csv is
+    there, only its classes count. Raises InputError if only one of the two is there."""
+    classes, rows = tables.get("class_labels_indices.csv"), []
+    wanted = {row["mid"] for row in read_csv(classes, ["mid"])} if classes else None
+    for name, split in AUDIOSET.items():
+        if name not in tables:
+            raise InputError(f"of AudioSet's tables {' and '.join(AUDIOSET)}, one is not there")
+        for row in read_csv(tables[name], ["labels"], ["YTID", "start", "end", "labels"]):
+            labels = [x for x in row["labels"].split(",") if wanted is None or x in wanted]
+            rows.append((row["YTID"], labels, split))
+    return rows
+
+
+def from_table(path):
+    """A CSV with columns filename, category (several labels with `;` between them), and perhaps
+    split or fold -> rows of (name, labels, fold or split or None)."""
+    rows = []
+    for row in read_csv(path, ["filename", "category"]):
+        split, fold = (row.get("split") or "").strip().lower(), (row.get("fold") or "").strip()
+        if split and split not in SPLITS:
+            raise InputError(f"{path}: the split {split!r}; it can be {', '.join(SPLITS)}")
+        labels = [label.strip() for label in row["category"].split(";") if label.strip()]
+        rows.append((row["filename"], labels,
+                     SPLITS.get(split) or fold.removesuffix(".0") or None))
+    return rows
+
+
+def from_folders(files):
+    """A folder for each class, perhaps below train/, valid/, test/ -> rows of (name, labels, split
+    or None)."""
+    rows = []
+    for file in files:
+        *folders, _ = file.split(os.sep)
+        is_split = len(folders) > 1 and folders[0].lower() in SPLITS
+        split = SPLITS[folders.pop(0).lower()] if is_split else None
+        if folders:
+            rows.append((file, folders[:1], split))
+    return rows
+
+
+def path_ends(name):
+    """All ends of a path, the longest first, with forward slashes, and without the extension if it
+    is that of an audio file: "a\\b.wav" -> ["a/b", "b"]."""
+    name, extension = os.path.splitext(name.replace("\\", "/"))
+    if os.fsencode(extension.lower()) not in data.EXTENSIONS:
+        name += extension
+    folders = name.split("/")
+    return ["/".join(folders[i:]) for i in range(len(folders))]
+
+
+def match(rows, files, is_audioset):
+    """Rows of (name, labels, fold) -> {file: (labels, fold)}. A name stands for the one file that
+    shares its longest end; AudioSet's for the one that begins with it, or with Y and it. Raises
+    InputError."""
+    by_end, table = collections.defaultdict(set), {}
+    for file in files:
+        *_, base = ends = path_ends(file)
+        for end in ends + is_audioset * [base[:11], base.removeprefix("Y")[:11]]:
+            by_end[end].add(file)
+    for name, labels, fold in rows:
+        found = next((by_end[end] for end in path_ends(name) if end in by_end), set())
+        if len(found) > 1 or found & table.keys():
+            raise InputError(f"the label of {name!r}: it stands for several files or rows")
+        table |= {file: (labels, fold) for file in found if labels}
+    return table
+
+
+def load_labelled(folder):
+    """The source of the clips, the index there of each labelled one, its labels, and its fold,
+    split or None. Says which labels it took. Raises InputError."""
+    if folder is None:
+        source = data.BuiltInSounds()
+        labels = [[str(source.label(i))] for i in range(len(source))]
+        return source, [*range(len(source))], labels, ["train"] * 1920 + ["test"] * 480
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
+    source = data.AudioFiles(folder)
+    files = {os.fsdecode(bytes(path)): i for i, path in enumerate(source.paths)}
+    tables = {os.path.basename(path): path for inner in ("*/*.csv", "*.csv")
+              for path in glob.glob(os.path.join(glob.escape(folder), inner))}
+    taken = tables.get("esc50.csv") or tables.get("labels.csv")
+    if is_audioset := not tables.keys().isdisjoint(AUDIOSET):
+        taken, rows = "AudioSet's tables", from_audioset(tables)
+    elif taken:
+        rows = from_table(taken)
+    else:
+        taken, rows = "names of folders", from_folders(files)
+    table = match(rows, files, is_audioset)
+    if not table:
+        raise InputError(f"{folder}: no label fits an audio file; they can be in AudioSet's CSVs, "
+                         "meta/esc50.csv, labels.csv (columns filename and category), or a folder "
+                         f"for each class. Tried {taken}, with the names {[*rows[:1]]} and so on, "
+                         f"on the files {next(iter(files))!r} and so on")
+    labels, folds = map(list, zip(*table.values(), strict=True))
+    classes = sorted({label for each in labels for label in each})
+    print(f"labels from {taken}: {len(table):,} clips, {len(classes)} classes "
+          f"({', '.join(classes[:4])}{', ...' * (len(classes) > 4)}); {len(files) - len(table):,} "
+          f"files without a label, {len(rows) - len(table):,} rows without a file or a class")
+    return source, [files[file] for file in table], labels, folds
+
+
 # ---- the command -------------------------------------------------------------------------------
+
 
 def run_probe(args):
     """What the command does; prints the table. Raises InputError."""
+    if args.json and (os.path.exists(args.json)
+                      or not os.access(os.path.dirname(args.json) or ".", os.W_OK)):
+        raise InputError(f"--json {args.json}: choose a new file in a folder to write to")
     device = find_device(args.device)
     encoders = {"untrained": load_encoder(args.checkpoint, trained=False).to(device),
                 "trained": load_encoder(args.checkpoint).to(device)}
     folder = args.data or encoders["trained"].config["data"]
-    source, indices, groups, questions = load_labelled(folder)
-    features, readable = compute_features(source, indices, encoders)
-    groups = list(itertools.compress(groups, readable))
-    table = {}
-    for question, answers in questions.items():
-        answers = list(itertools.compress(answers, readable))
-        classes = sorted({name for names in answers for name in names})
-        if len(classes) < 2:
-            raise InputError("fewer than two classes have a clip that can be read")
-        labels = torch.tensor([[float(name in names) for name in classes] for names in answers])
-        rounds = make_rounds(labels, groups)
-        table[question] = {name: evaluate(x, labels, rounds) for name, x in features.items()}
-        metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
-        print(f"{question}: {len(labels):,} clips, {len(classes)} classes; {metric} in %, mean +- "
-              f"deviation over {len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
-        for name, scores in table[question].items():
-            print(f"{name:10}" + "".join(
-                f"{100 * torch.tensor(x).mean():7.1f} +- "
-                f"{100 * torch.tensor(x).std(correction=0):3.1f}" for x in scores.values()))
+    source, indices, names, folds = load_labelled(folder)
+    features = compute_features(source, indices, encoders)
+    read = [i for i, index in enumerate(indices) if index in features["trained"]]
+    classes = sorted({name for i in read for name in names[i]})
+    if len(classes) < 2:
+        raise InputError("fewer than two classes have a clip that can be read")
+    labels = torch.tensor([[float(name in names[i]) for name in classes] for i in read])
+    rounds = make_rounds(labels, [folds[i] for i in read])
+    results = {name: evaluate(torch.stack([vectors[indices[i]] for i in read]), labels, rounds)
+               for name, vectors in features.items()}
+    metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
+    print(f"{len(labels):,} clips, {len(classes)} classes; {metric} in %, mean +- deviation over "
+          f"{len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
+    for name, scores in results.items():
+        print(f"{name:10}" + "".join(
+            f"{100 * torch.tensor(x).mean():7.1f} +- "
+            f"{100 * torch.tensor(x).std(correction=0):3.1f}" for x in scores.values()))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"checkpoint": args.checkpoint, "data": folder, "results": table}, file,
+            json.dump({"checkpoint": args.checkpoint, "data": folder, "results": results}, file,
                       indent=1, allow_nan=False)
+
 
 def main(argv=None):
     """The command line; returns the exit code."""
@@ -316,6 +402,7 @@ def main(argv=None):
     parser.add_argument("--data", help="labelled audio; without it, the data of the training")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    sys.stdout.reconfigure(errors="backslashreplace")            # names need not be valid UTF-8
     try:
         run_probe(parser.parse_args(argv))
     except (InputError, OSError, csv.Error) as error:
@@ -324,6 +411,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
