@@ -136,8 +136,8 @@ def decode(file, n):
 
 class AudioFiles:
     """The audio files under a folder, or those that a text file lists, one path a line, relative to
-    its folder. Raises InputError if there is no audio. The paths are one array of bytes, which all
-    workers share. A list of two million strings would be copied into every worker."""
+    its folder. Raises InputError if there is no audio. The paths are one array of bytes, because a
+    list of two million strings would be copied into every worker."""
 
     def __init__(self, root):
         self.root = os.fsencode(root)
@@ -317,9 +317,8 @@ class Crops(torch.utils.data.Dataset):
 
 def default_workers():
     """Processes to read with: the cores that we may use less one, but at most 16."""
-    if hasattr(os, "sched_getaffinity"):             # it minds what a container or taskset allows
-        return min(16, len(os.sched_getaffinity(0)) - 1)
-    return min(16, (os.cpu_count() or 1) - 1)
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, ours - 1)
 
 
 def ignore_signals(_):
@@ -330,21 +329,19 @@ def ignore_signals(_):
 
 def load_batches(crops, batch_size, steps, workers, pin_memory):
     """Yield the waveforms (B, S) of `steps` (a range), and print every report once. Closing this
-    generator ends its workers. Raises InputError if 20 files fail one after the other, or more than
-    5 % of the last 1,000 crops needed another file."""
+    generator ends its workers. Raises InputError if 20 files fail one after the other."""
     loader = torch.utils.data.DataLoader(
         crops, batch_size, sampler=range(steps.start * batch_size, steps.stop * batch_size),
         num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory,
         timeout=600 if workers else 0)
-    printed, recent = set(), collections.deque(maxlen=1000)      # failures of the last crops
+    printed = set()
     for waveforms, reports in loader:
         for lines in map(str.splitlines, reports):
             for line in lines:
                 if line not in printed:
                     print(line, flush=True)
                     printed.add(line)
-            recent.append(sum(line.startswith("unusable") for line in lines))
-            if recent[-1] == PATIENCE or sum(map(bool, recent)) > 50:
-                raise InputError("too many files cannot be read (reasons above): mend or remove "
-                                 "them, or look whether a drive is gone")
+            if sum(line.startswith("unusable") for line in lines) == PATIENCE:
+                raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): mend "
+                                 "or remove them, or look whether a drive is gone")
         yield waveforms

@@ -112,8 +112,7 @@ def standardize(train, test):
 
 def knn_scores(train, labels, test):
     """Votes (m, classes) of the 10 training features (n, features) nearest by cosine to each of
-    `test` (m, features), weighted by softmax(similarity / 0.07) as in X-ARES. labels: (n, classes).
-    """
+    `test` (m, features), weighted by softmax(similarity / 0.07). Source: X-ARES, 2505.16369."""
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T             # (m, n)
     nearest, indices = similarity.topk(min(10, len(train)))
     return ((nearest / 0.07).softmax(1)[..., None] * labels[indices]).sum(1)
@@ -126,7 +125,7 @@ def knn_of_orders(run):
     clips = torch.stack([next(source.windows(i, run.crops.n_samples)) for i in range(480)])
     patches = patchify(run.mel(clips.to(run.mel.mean.device)))
     columns = data.to_columns(torch.cat([run.model.target_encoder(part).float()
-                                    for part in patches.split(32)])).cpu()          # (480, T', D')
+                                         for part in patches.split(32)])).cpu()     # (480, T', D')
     features = torch.cat(torch.std_mean(columns, dim=1, correction=0), dim=1)       # (480, 2 D')
     orders = torch.tensor([source.label(i) for i in range(480)])
     train, test = standardize(features[:240], features[240:])
@@ -140,8 +139,7 @@ def meters(run, loss, predictions, all_targets, hidden):
     check_finite(f"at step {run.step}", [loss, *run.model.parameters()])
     with run.autocast:
         knn = "" if run.config.data else f"{knn_of_orders(run):.0%}"
-    return {"step": run.step, "loss": loss.item(),
-            "lr": learning_rate(run.step - 1, run.config),
+    return {"step": run.step, "loss": loss.item(), "lr": learning_rate(run.step - 1, run.config),
             "momentum": momentum(run.step - 1, run.config), "spread": spread(all_targets),
             "explained": explained(predictions, all_targets, hidden), "knn": knn}
 
@@ -190,8 +188,7 @@ def load_checkpoint(path):
     except Exception as error:                       # a damaged file can raise anything
         raise InputError(f"{path}: not a checkpoint that can be read "
                          f"({getattr(error, 'strerror', None) or type(error).__name__})") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this version of train.py")
     check_finite(f"in {path}", checkpoint["target_encoder"].values())
     return checkpoint
@@ -346,8 +343,8 @@ def parse(argv):
             for name, recipe in RECIPES.items()))
     add = parser.add_argument
     add("--data", help="folder of audio, or text file of paths; without it, built-in sounds")
-    add("--recipe", choices=RECIPES, help="settings to start from, each of which a flag overrides "
-        "(without --data sounds, with it paper on CUDA, laptop elsewhere)")
+    add("--recipe", choices=RECIPES, help="settings to start from; flags override them (without "
+        "--data sounds, with it paper on CUDA, laptop elsewhere)")
     add("--out", help="checkpoint to write, with the log beside it as .csv (ckpt.pt)")
     add("--resume", metavar="CKPT", help="go on with this checkpoint, with its settings")
     add("--model", choices=SIZES, help="size of the encoder; base is ViT-B")
@@ -358,8 +355,7 @@ def parse(argv):
     add("--steps", type=number(1, 10 ** 9), help="length of the run; every schedule depends on it")
     add("--lr", type=number(0, 10, float), help="peak learning rate")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first that is there")
-    add("--amp", choices=("auto", *DTYPES), help="mixed precision; auto: bf16 where the hardware "
-        "computes in it, else fp16 on CUDA, else off")
+    add("--amp", choices=("auto", *DTYPES), help="mixed precision; auto: what the hardware has")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on with CUDA)")
     add("--workers", type=number(0, 1000), help="processes to read (cores - 1, at most 16)")
     add("--seed", type=number(0, 2 ** 32 - 1), help="of weights, order, crops and masks (0)")
