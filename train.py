@@ -32,7 +32,7 @@ RECIPES = {
     "sounds": dict(model="tiny", seconds=1.28, mask="block", optimizer="muon", batch_size=16,
                    lr=0.01, steps=1200, log_every=100, save_every=100),
     "laptop": dict(model="tiny", seconds=1.28, mask="block", optimizer="muon", batch_size=16,
-                   lr=0.005, steps=2400, log_every=100, save_every=100),
+                   lr=0.005, steps=2000, log_every=100, save_every=100),
     "paper": dict(model="base", seconds=10.0, mask="random", optimizer="adamw", batch_size=256,
                   lr=3e-4, steps=100_000, log_every=50, save_every=1000)}
 FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "log_every"}
