@@ -30,7 +30,7 @@ from model import SIZES, AudioJEPA, select
 
 RECIPES = {
     "sounds": dict(model="tiny", seconds=1.28, mask="block", optimizer="muon", batch_size=16,
-                   lr=0.01, steps=1200, log_every=100, save_every=100),
+                   lr=0.01, steps=1000, log_every=100, save_every=100),
     "laptop": dict(model="tiny", seconds=1.28, mask="block", optimizer="muon", batch_size=16,
                    lr=0.005, steps=2000, log_every=100, save_every=100),
     "paper": dict(model="base", seconds=10.0, mask="random", optimizer="adamw", batch_size=256,
@@ -119,18 +119,18 @@ def knn_scores(train, labels, test):
 
 
 @torch.no_grad()
-def knn_of_orders(run):
-    """Accuracy of kNN on 480 built-in sounds, of which half vote on the order of the others."""
+def knn_of_orders(run, n=240):
+    """Accuracy of kNN on n built-in sounds, of which half vote on the order of the others."""
     source = run.crops.source
-    clips = torch.stack([next(source.windows(i, run.crops.n_samples)) for i in range(480)])
+    clips = torch.stack([next(source.windows(i, run.crops.n_samples)) for i in range(n)])
     patches = patchify(run.mel(clips.to(run.mel.mean.device)))
     columns = data.to_columns(torch.cat([run.model.target_encoder(part).float()
-                                         for part in patches.split(32)])).cpu()     # (480, T', D')
-    features = torch.cat(torch.std_mean(columns, dim=1, correction=0), dim=1)       # (480, 2 D')
-    orders = torch.tensor([source.label(i) for i in range(480)])
-    train, test = standardize(features[:240], features[240:])
-    votes = knn_scores(train, F.one_hot(orders[:240]).float(), test)
-    return (votes.argmax(1) == orders[240:]).float().mean().item()
+                                         for part in patches.split(32)])).cpu()       # (n, T', D')
+    features = torch.cat(torch.std_mean(columns, dim=1, correction=0), dim=1)         # (n, 2 D')
+    orders = torch.tensor([source.label(i) for i in range(n)])
+    train, test = standardize(features[:n // 2], features[n // 2:])
+    votes = knn_scores(train, F.one_hot(orders[:n // 2]).float(), test)
+    return (votes.argmax(1) == orders[n // 2:]).float().mean().item()
 
 
 def meters(run, loss, predictions, all_targets, hidden):
