@@ -419,7 +419,7 @@ def test_the_ten_most_similar_of_twelve_clips_vote_whatever_their_length():
 
 @pytest.mark.parametrize("telling, low, high", [(True, 1, 1), (False, 0.08, 0.26)])
 def test_the_knn_of_the_log_asks_other_clips_for_what_the_target_encoder_tells(telling, low, high):
-    number_of_clip = torch.arange(480.0)[:, None, None].expand(480, 128, 256)
+    number_of_clip = torch.arange(240.0)[:, None, None].expand(240, 128, 256)
     torch.manual_seed(0)
 
     def target_encoder(patches):                     # latents that tell the order of a clip, or not
