@@ -64,7 +64,7 @@ if __name__ == "__main__":
     sound = next(BuiltInSounds().windows(20, hop_samples(1.28) * N_FRAMES))
     spectrogram = LogMel(1.28).log_mel(sound[None])[0]
     for kind in MASKS:
-        visible, hidden = make_masks(kind, n_clips=1, seed=0, step=0)
+        visible, hidden = make_masks(kind, n_clips=1, seed=0, step=17)
         print(f"{kind} masks: {visible.shape[1]} of the {N_PATCHES} patches are visible, "
               f"{hidden.shape[1]} hidden and to be predicted, marked by ?")
         print(draw(spectrogram, hidden[0]), end="\n\n")

@@ -336,8 +336,12 @@ def load_labelled(folder):
         raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
     source = data.AudioFiles(folder)
     files = {os.fsdecode(bytes(path)): i for i, path in enumerate(source.paths)}
-    tables = {os.path.basename(path): path for inner in ("*/*.csv", "*.csv")
-              for path in glob.glob(os.path.join(glob.escape(folder), inner))}
+    tables, here = {}, glob.escape(folder)
+    for path in glob.glob(f"{here}/*.csv") + glob.glob(f"{here}/*/*.csv"):
+        name = os.path.basename(path)
+        if name in tables and name in ("labels.csv", "esc50.csv", *AUDIOSET):
+            raise InputError(f"{tables[name]} and {path}: name the folder of one of them by --data")
+        tables[name] = path
     taken = tables.get("esc50.csv") or tables.get("labels.csv")
     if is_audioset := not tables.keys().isdisjoint(AUDIOSET):
         taken, rows = "AudioSet's tables", from_audioset(tables)

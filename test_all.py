@@ -757,10 +757,13 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     ("labels.csv", "name,category\n0.wav,a\n", "no column filename"),
     ("labels.csv", "filename,category,split\n0.wav,a,dev\n", "the split 'dev'"),
     ("eval_segments.csv", "YYYYYYYYYYY, 0, 9, b\n", "balanced_train_segments.csv and eval"),
+    ("labels.csv a/labels.csv", "filename,category\n0.wav,a\n", "name the folder of one"),
     ("README.txt", "", "no label fits an audio file")])
 def test_labels_that_do_not_fit_are_refused(tmp_path, name, text, says):
+    (tmp_path / "a").mkdir()
     (tmp_path / "0.wav").touch()
-    (tmp_path / name).write_text(text)
+    for path in name.split():
+        (tmp_path / path).write_text(text)
     with pytest.raises(data.InputError, match=says):
         probe.load_labelled(str(tmp_path))
 
