@@ -2,7 +2,8 @@
 
 In: a folder, a text file of paths, or nothing (built-in sounds). Out: waveforms (B, S) at 32 kHz
 from the loader; on the training device, log-mel spectrograms (B, M, T) and their patches (B, N, E).
-Source: Audio-JEPA (arXiv 2507.02915), section 3.
+Source: Audio-JEPA (arXiv 2507.02915), section 3. Who wants to know the method first reads as far as
+`to_columns` and goes on with masking.py; the rest tells how any folder becomes batches.
 
 The letters of all shapes in this project:
     B   clips of a batch             S   samples of a clip, at 32 kHz
@@ -84,8 +85,8 @@ class LogMel(nn.Module):
         return (self.log_mel(waveforms) - self.mean) / self.std
 
     def fit(self, crops):
-        """Set `mean` and `std` from the first 256 crops of a run, without the silence that is added
-        to short ones. Raises InputError if more than one in twenty files could not be read."""
+        """Set `mean` and `std` from the first 256 crops of a run, before silence is added to short
+        ones. Raises InputError if more than one in twenty files could not be read."""
         values, failures = [], []
         for i in range(256):
             crop, reports = crops.read(i)
@@ -281,8 +282,8 @@ class Crops(torch.utils.data.Dataset):
         self.source, self.n_samples, self.seed = source, n_samples, seed
 
     def window(self, index, n_samples, start):
-        """A window of a file, and a report. If the file holds nothing at `start`, which it can
-        when its header lies about its length, the window is that of its beginning."""
+        """A window of a file, and a list of reports. If the file holds nothing at `start`, because
+        its header lies about its length, the window is that of its beginning."""
         try:
             return next(self.source.windows(index, n_samples, start)), []
         except InputError as error:

@@ -18,15 +18,16 @@ HIDDEN_SHARE = 0.6                    # that random masks hide (paper: .4 to .6;
 
 
 def block_masks(n_clips, rng):
-    """Four blocks, each two columns long and of all rows, that do not overlap.
+    """Four blocks, each two columns long and of all rows, that may touch and do not overlap.
 
     Not in the paper: it hides random patches, and I-JEPA's blocks leave rows above and below them
     visible. Then a hidden patch can be filled in from what sounds at the same moment. A block of
-    all rows hides a whole moment, which must be predicted from other moments. As many patches are
-    hidden in every clip, so all shapes stay and torch.compile need not compile again.
+    all rows hides a whole moment, which must be predicted from other moments.
     Returns: (B, N), True where a patch is hidden."""
-    n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)          # 4 blocks and 8 single columns
-    is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS          # in any order
+    # 12 slots in random order: 4 hidden ones, two columns wide, and 8 visible ones, one wide. The
+    # argsort of random numbers is a random permutation, so just 4 of its numbers are below 4.
+    n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
+    is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS
     columns = np.repeat(is_block, np.where(is_block, BLOCK_COLUMNS, 1).ravel())
     return np.tile(columns.reshape(n_clips, COLUMNS), ROWS)
 
@@ -37,14 +38,17 @@ def random_masks(n_clips, rng):
     return rng.random((n_clips, N_PATCHES)).argsort(axis=1) < round(HIDDEN_SHARE * N_PATCHES)
 
 
+# A mask of your own is a function like these, (n_clips, rng) -> (B, N), that hides as many patches
+# in every clip. So all shapes stay, and torch.compile need not compile again.
 MASKS = {"block": block_masks, "random": random_masks}
 
 
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). All patches are in one of the two.
+    """The masks of one step, a pure function of (seed, step). Every patch is in one of the two.
     Returns: visible (B, C), hidden (B, K), int64 patch indices."""
     is_hidden = MASKS[kind](n_clips, np.random.default_rng([seed, step]))
     n_visible = N_PATCHES - is_hidden[0].sum()
+    assert (is_hidden.sum(axis=1) == is_hidden[0].sum()).all(), "clips differ in hidden patches"
     order = torch.from_numpy(is_hidden.argsort(axis=1, kind="stable"))   # the visible ones first
     return order[:, :n_visible], order[:, n_visible:]
 

@@ -1,6 +1,7 @@
 """Chapter 3, the model: encoder, predictor, target encoder and loss.
 
-In: the patches of chapter 1 (B, N, E) and the indices of chapter 2. Out: the loss.
+A joint-embedding predictive architecture (JEPA) predicts the features of what is hidden, and not
+its pixels. In: the patches of chapter 1 (B, N, E), the indices of chapter 2. Out: the loss.
 Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), section 2; ViT (arXiv
 2010.11929). data.py has the key to the letters of the shapes.
 """
@@ -158,11 +159,11 @@ class AudioJEPA(nn.Module):
         targets     = normalize(layers of target_encoder(all patches))[hidden], with no gradient
 
     The target encoder sees all patches, so that a target tells what a patch means among the others
-    (I-JEPA, section 3). The loss would be least if all patches had the same targets (collapse).
-    Three things stand against it. The targets have no gradient, so they cannot learn to be easy to
-    predict (BYOL, arXiv 2006.07733, 3.1). They follow the encoder only slowly. And they are
-    normalised so that every feature varies within every clip. What they may still come to share in
-    all clips is a code of the place, which is why train.py logs `spread` and `explained`."""
+    (I-JEPA, section 3). The loss could fall to 0 if all clips came to have the same targets
+    (collapse). Three things stand against it. The targets have no gradient, so they cannot learn to
+    be easy to predict (BYOL, arXiv 2006.07733, 3.1). They follow the encoder only slowly. And they
+    are normalised so that every feature varies within every clip. One failure remains: targets that
+    tell the place of a patch and not its sound. `spread` and `explained` in train.py show it."""
 
     def __init__(self, size):
         super().__init__()
@@ -175,8 +176,8 @@ class AudioJEPA(nn.Module):
 
         Not in the paper: it takes the last layer alone. Here every layer is normalised over the
         patches of the clip, which removes what is the same in all of it (level, room) and so is
-        easy to predict. The sum of the layers holds what a patch is, from the first ones, and what
-        it means among the others, from the last.
+        easy to predict. Early layers say what a patch is, late ones what it means among the others;
+        their sum holds both.
         Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
         outputs = self.target_encoder.layer_outputs(patches)
         total = sum(normalize(output.float(), dim=1) for output in outputs)         # over patches

@@ -210,18 +210,19 @@ def test_an_epoch_has_every_clip_once_in_random_order_and_from_a_random_start():
 def test_files_that_fail_are_replaced_and_told_once_and_many_stop_the_run(bad, capsys, monkeypatch):
     monkeypatch.setattr(Numbers, "bad", range(bad))
     crops, mel, batches = data.Crops(Numbers(), 2, seed=0), data.LogMel(0.64), []
+    if bad == 50:
+        with pytest.raises(data.InputError, match="20 files in a row cannot be read"):
+            next(data.load_batches(crops, 50, range(40), 0, False))
+    else:
+        batches.extend(data.load_batches(crops, 50, range(40), 0, False))
+        assert len(batches) == 40 and torch.cat(batches)[:, 0].min() == bad, "a bad file was used"
+    told = capsys.readouterr().out.splitlines()
+    assert "unusable: clip " in told[0] and len(told) == len({*told})
     if bad == 1:
         mel.fit(crops)
-        batches.extend(data.load_batches(crops, 50, range(40), 0, False))
-        assert len(batches) == 40 and torch.cat(batches)[:, 0].min() == 1, "a bad file was used"
     else:
         with pytest.raises(data.InputError, match="one in twenty.*unusable: clip .*: no sound"):
             mel.fit(crops)
-        with pytest.raises(data.InputError, match="too many files cannot be read"):
-            batches.extend(data.load_batches(crops, 50, range(40), 0, False))
-        assert bad == 4 or not batches, "a batch without sound was used"
-    told = capsys.readouterr().out.splitlines()
-    assert "unusable: clip " in told[0] and len(told) == len({*told})
 
 
 @pytest.mark.parametrize("seconds", [0.64, 10.0])

@@ -38,10 +38,10 @@ RECIPES = {
 FREE_ON_RESUME = {"data", "out", "device", "compile", "workers", "save_every", "log_every"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 FORMAT = "audio-jepa 4"               # of the checkpoints
-COLLAPSED = 0.1                       # the spread of a healthy run soon rises above 0.4
+COLLAPSED = 0.1                       # the spread of a healthy run stays above 0.4
 LOG_HEAD = "    step / of       loss       lr  spread  explained   kNN  clips/s  waiting      left"
-LOG_LINE = ("{step:8} / {0:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explained:9.2f}  {knn:>4}  "
-            "{clips_per_second:7,.0f}  {waiting:7.0%}  {1!s:>8}")
+LOG_LINE = ("{step:8} / {of:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explained:9.2f}  {knn:>4}  "
+            "{clips_per_second:7,.0f}  {waiting:7.0%}  {left!s:>8}")
 
 
 # ---- schedules and optimisers ------------------------------------------------------------------
@@ -58,9 +58,10 @@ def learning_rate(step, config):
 
 
 def momentum(step, config):
-    """The share of the target encoder that a step keeps: it reaches back 1 / (1 - momentum) steps.
-    At first that is a tenth of the run, so short and long runs behave alike. The share rises to 1
-    by half a cosine (BYOL, arXiv 2006.07733, section 3), so late targets hold still."""
+    """The share of the target encoder that a step keeps. So the target encoder is an average of the
+    encoder over about the last 1 / (1 - momentum) steps. At first that is a tenth of the run, so
+    short and long runs behave alike. The share rises to 1 by half a cosine (BYOL, arXiv 2006.07733,
+    section 3), so late targets hold still."""
     return 1 - 0.5 * (1 + math.cos(math.pi * step / config.steps)) / (1 + 0.1 * config.steps)
 
 
@@ -68,10 +69,10 @@ def make_optimizers(model, config):
     """Two optimisers: one for the matrices of the layers, which decay, and one for the rest
     (embeddings, biases, norms, mask token), which does not. `share` is their part of --lr.
 
-    Not in the paper: it has AdamW for all. With Muon, the update of a matrix has singular values
-    that are all about 1. AdamW would spend most of its movement on a few directions, of which
-    loudness is the easiest to predict; Muon teaches the rare ones, too. It is made for matrices
-    between hidden features, so everything else stays with AdamW, at a tenth of the rate.
+    Not in the paper: it has AdamW for all. Muon moves a matrix by as much in all directions (it
+    sets the singular values of an update to about 1), so weak signals are learned as fast as
+    strong ones such as loudness. It is made for matrices between hidden features, so everything
+    else stays with AdamW, at a tenth of the rate. From 2,000 to 8,000 steps the same rate is best.
     Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); AdamW, arXiv 1711.05101."""
     matrices, others = [], []
     for name, weights in model.named_parameters():
@@ -90,15 +91,15 @@ def make_optimizers(model, config):
 
 
 def spread(all_targets):
-    """The standard deviation of all targets (B, N, D) over the clips at each patch and feature, and
-    averaged: 0 means that all clips have the same targets (collapse); it is 1 at most."""
+    """The standard deviation of all targets (B, N, D) over the clips, averaged over patches and
+    features. 0 means that all clips have the same targets (collapse); it is about 1 at most."""
     return all_targets.std(0, correction=0).mean().item()
 
 
 def explained(predictions, all_targets, hidden):
-    """The share of the targets' variance about the batch's mean at their patch that predictions
-    explain. 0: they are no better than that mean; 1: they are the targets. Shapes: (B, K, D),
-    (B, N, D), (B, K)."""
+    """The share of the targets' variance about their mean over the batch, at the same patch, that
+    the predictions (B, K, D) explain. 1: they are the targets. 0: they are as good as that mean,
+    which knows the clip itself, so early in a run they are worse and this is negative."""
     targets, means = select(all_targets, hidden), all_targets.mean(0)[hidden]       # (B, K, D)
     return 1 - (F.mse_loss(predictions, targets) / F.mse_loss(means, targets)).item()
 
@@ -228,15 +229,16 @@ class Log:
 
     def write(self, row):
         """Write the row of a step, and how fast the steps since the last row were."""
-        passed, steps = time.perf_counter() - self.start, self.config.steps
+        passed, of = time.perf_counter() - self.start, self.config.steps
         row |= {"clips_per_second": self.clips / passed, "waiting": self.waited / passed}
-        left = (steps - row["step"]) * self.config.batch_size / row["clips_per_second"]
+        left = (of - row["step"]) * self.config.batch_size / row["clips_per_second"]
         self.rows.append(row)
         with open(self.path, "w", newline="") as file:
             table = csv.DictWriter(file, row)
             table.writeheader()
             table.writerows(self.rows)
-        print(LOG_LINE.format(steps, datetime.timedelta(seconds=round(left)), **row), flush=True)
+        left = datetime.timedelta(seconds=round(left))
+        print(LOG_LINE.format(of=of, left=left, **row), flush=True)
         collapsed = [old for old in self.rows if old["spread"] < COLLAPSED]
         if collapsed == [row] and self.config.batch_size > 1:    # a single clip has no spread
             print("warning: all clips have nearly the same targets. Either the clips are mostly "
@@ -285,6 +287,7 @@ def set_up(config, checkpoint):
     print(f"{len(source):,} clips; log-mel {run.mel.mean:.2f} +- {run.mel.std:.2f}; encoder of "
           f"{sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M weights\n"
           f"{LOG_HEAD}", flush=True)
+    run.log.start = time.perf_counter()
     return run
 
 
@@ -311,7 +314,8 @@ def train(config, checkpoint=None):
                 scaler.step(optimizer)               # in fp16, not if a gradient overflowed
             scaler.update()
             model.update_target_encoder(momentum(step, config))
-            run.step, is_last = step + 1, step + 1 == config.steps or stop.signum
+            run.step = step + 1
+            is_last = run.step == config.steps or stop.signum
             if run.step % config.log_every == 0 or run.step == config.steps:
                 log.write(meters(run, loss, predictions, all_targets, hidden))
             if run.step % config.save_every == 0 or is_last:
@@ -434,13 +438,12 @@ def main(argv=None):
         print("\n".join(f"{name:11} {value}" for name, value in vars(config).items()), flush=True)
         signum = train(config, checkpoint)
         return 128 + signum if signum else 0
-    except (InputError, OSError) as error:           # OSError: a disk that is gone, say
-        reason = str(error)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # so begins torch when a worker dies or hangs
+    except (InputError, OSError, RuntimeError) as error:         # OSError: a disk that is gone, say
+        reason = str(error).splitlines()[0]
+        if "DataLoader" in reason:                   # torch raises so, anywhere, if a worker dies
+            reason += " Use fewer --workers, or give them more memory (Docker: --shm-size 8g)."
+        elif isinstance(error, RuntimeError):
             raise
-        reason = (f"{str(error).splitlines()[0]} Use fewer --workers, or give them more memory "
-                  "(Docker: --shm-size 8g).")
     except KeyboardInterrupt:                        # before the first step: nothing to save
         return 130
     if config and (step := steps_in(config.out)):
