@@ -15,6 +15,7 @@ The letters of all shapes in this project:
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -76,20 +77,20 @@ class LogMel(nn.Module):
 
     def log_mel(self, waveforms):
         """Waveforms (B, any length) -> log-mel before normalisation (B, M, frames)."""
-        frames = math.ceil(waveforms.shape[1] / self.hop)        # not the one centred on the end
+        frames = math.ceil(waveforms.shape[1] / self.hop)        # torch adds one around the end
         with torch.autocast(waveforms.device.type, enabled=False):          # logs need float32
-            parts = [self.spectrogram(part) for part in waveforms.split(8)]
-            return (torch.cat(parts) + MEL_FLOOR).log()[..., :frames]       # 8 fit the CPU's cache
+            parts = [self.spectrogram(part) for part in waveforms.split(8)]     # fit a CPU's cache
+            return (torch.cat(parts) + MEL_FLOOR).log()[..., :frames]
 
     def forward(self, waveforms):
         return (self.log_mel(waveforms) - self.mean) / self.std
 
     def fit(self, crops):
-        """Set `mean` and `std` from the first 256 crops of a run, before silence is added to short
+        """Set `mean` and `std` from the first 256 crops of a run, without what is added to short
         ones. Raises InputError if more than one in twenty files could not be read."""
         values, failures = [], []
         for i in range(256):
-            crop, reports = crops.read(i)
+            crop, reports = crops.read(i, fill=False)
             failures += [report for report in reports if report.startswith("unusable")]
             if len(failures) > 0.05 * 256:
                 raise InputError("more than one in twenty files cannot be read; the first: "
@@ -124,15 +125,13 @@ def resampler(rate):
 
 
 def decode(file, n):
-    """Up to n samples (n, channels) from where the open `file` stands, and the error that ended
-    them, or None. What was decoded before a damaged block is kept."""
+    """The next n samples (n, channels) of an open file, or what is left of them before its end or
+    before a damaged block."""
     blocks = [np.zeros((0, file.channels), np.float32)]
-    for start in range(0, n, DECODED_AT_ONCE):
-        try:
-            blocks.append(file.read(min(DECODED_AT_ONCE, n - start), "float32", always_2d=True))
-        except soundfile.SoundFileError as error:
-            return np.concatenate(blocks), error
-    return np.concatenate(blocks), None
+    with contextlib.suppress(soundfile.SoundFileError):
+        for done in range(0, n, DECODED_AT_ONCE):
+            blocks.append(file.read(min(DECODED_AT_ONCE, n - done), "float32", always_2d=True))
+    return np.concatenate(blocks)
 
 
 class AudioFiles:
@@ -166,7 +165,7 @@ class AudioFiles:
         for folder, subfolders, names in os.walk(
                 root, followlinks=True, onerror=lambda error: print(f"unusable: {error}")):
             here = os.path.realpath(folder)
-            if here in visited or top.startswith(os.path.join(here, b"")):
+            if here in visited or here != top and top.startswith(os.path.join(here, b"")):
                 subfolders.clear()                   # a link led here again, or above the top
                 continue
             visited.add(here)
@@ -196,8 +195,8 @@ class AudioFiles:
         last perhaps shorter. Raises InputError if the file cannot be used; and, after all that
         could be decoded, if that is less than the header of the file claims.
 
-        start: where the first begins, from 0 for the start of the file to just under 1 for the last
-        place that leaves a whole window. Seeking there makes a long file as cheap as a short."""
+        start: where the first begins, as a share of the places that leave a whole window, from 0 to
+        just under 1. Seeking there makes a long file as cheap as a short one."""
         try:
             if not os.path.isfile(self.path(index)):             # to open a named pipe would block
                 raise InputError("not there, or not a regular file")
@@ -205,14 +204,14 @@ class AudioFiles:
                 resample, heard = resampler(file.samplerate), 0
                 wanted = math.ceil(n_samples * file.samplerate / SAMPLE_RATE)
                 claimed = file.frames - file.seek(int(start * max(0, file.frames - wanted + 1)))
-                samples, error = decode(file, wanted)
+                samples = decode(file, wanted)
                 while len(samples):
                     if not -1e4 < samples.min() <= samples.max() < 1e4:  # NaN fails any comparison
                         raise InputError("samples that are NaN, infinite or absurdly large")
                     heard += len(samples)
                     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
                     yield resample(torch.from_numpy(mono))[:n_samples]
-                    samples, error = (samples[:0], error) if error else decode(file, wanted)
+                    samples = decode(file, wanted) if len(samples) == wanted else samples[:0]
                 if heard < max(1, claimed - DECODED_AT_ONCE):    # MP3 headers are a little off
                     raise InputError(f"{heard / file.samplerate:.1f} s decoded of the "
                                      f"{claimed / file.samplerate:.4g} s that its header claims")
@@ -226,7 +225,7 @@ class BuiltInSounds:
     A clip plays one of the six orders over and over, in a key, a timbre and a tempo of its own, and
     begins anywhere in it. All orders have the same notes, so the spectrum averaged over time does
     not know the order. Clip i is a pure function of i."""
-    timbres = [                                      # {partial: amplitude}, and its decay in 1 / s
+    timbres = [                                      # {partial: amplitude}, and decay in 1 / s
         ({1: 1.0}, 0), ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
         ({k: k ** -0.5 for k in (1, 3, 5, 7, 9)}, 0), ({k: k ** -0.5 for k in range(1, 11)}, 0)]
     orders = np.array([(0, *rest) for rest in itertools.permutations((5, 10, 15))])    # semitones
@@ -290,14 +289,16 @@ class Crops(torch.utils.data.Dataset):
             beginning = next(self.source.windows(index, n_samples))
             return beginning, [f"cut short: {self.source.name(index)}: {error}"]
 
-    def read(self, i):
+    def read(self, i, fill=True):
         """Crop i, a waveform (at most S,), and a list of reports: lines that begin with "unusable"
         for each file that failed on the way, or with "cut short". If 20 files fail, the crop is
-        what there is, perhaps nothing; `fit` and `load_batches` then end the run."""
+        what there is, perhaps nothing; `fit` and `load_batches` then end the run. fill: whether
+        other files may follow a short one."""
         epoch, place = divmod(i, len(self.source))
         index = int(epoch_order(self.seed, epoch, len(self.source))[place])
         rng = np.random.default_rng([self.seed, 1 << 32, i])     # 1 << 32: not a stream of epochs
-        fill, crop, reports, failures = rng.random() < 0.5, torch.zeros(0), [], 0
+        fill = rng.random() < 0.5 and fill
+        crop, reports, failures = torch.zeros(0), [], 0
         while failures < PATIENCE:
             try:
                 window, report = self.window(index, self.n_samples - len(crop), rng.random())

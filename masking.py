@@ -44,7 +44,7 @@ MASKS = {"block": block_masks, "random": random_masks}
 
 
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). Every patch is in one of the two.
+    """The masks of one step, a pure function of (seed, step). Each patch is in just one of the two.
     Returns: visible (B, C), hidden (B, K), int64 patch indices."""
     is_hidden = MASKS[kind](n_clips, np.random.default_rng([seed, step]))
     n_visible = N_PATCHES - is_hidden[0].sum()
@@ -57,11 +57,11 @@ def draw(spectrogram, hidden):
     """One clip's spectrogram (M, T) under its mask (K,) as text: time to the right, high bands on
     top. A patch is 2 lines of 4 characters, whose shades show the level, or `?` where hidden."""
     level = F.avg_pool2d(spectrogram[None], (PATCH // 2, PATCH // 4))[0]            # (16, 64)
-    level = ((level - level.min()) / (level.max() - level.min()) * 4).round().int().tolist()
-    hidden = {*hidden.tolist()}
-    return "\n".join(
-        "".join("?" if y // 2 * COLUMNS + x // 4 in hidden else " ░▒▓█"[level[y][x]]
-                for x in range(4 * COLUMNS)) for y in reversed(range(2 * ROWS)))
+    level = ((level - level.min()) / (level.max() - level.min()) * 4).round().int()
+    text = np.array([*" ░▒▓█"])[level.numpy()]
+    is_hidden = np.isin(np.arange(N_PATCHES), hidden).reshape(ROWS, COLUMNS)
+    text[is_hidden.repeat(2, axis=0).repeat(4, axis=1)] = "?"
+    return "\n".join(map("".join, text[::-1]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from data import COLUMNS, N_PATCHES, PATCH, ROWS
+from data import COLUMNS, PATCH, ROWS
 
 SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}   # width D, number of layers;
                                                                     # D / 64 heads; base is ViT-B
@@ -93,8 +93,8 @@ def init_weights(model):
 
 class Encoder(nn.Module):
     """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) for the visible ones alone. The
-    hidden ones are left out, not set to zero (MAE, arXiv 2111.06377, section 3). So they cost
-    nothing, and the encoder never meets a placeholder that no real clip holds."""
+    hidden ones are left out, not set to zero (MAE, arXiv 2111.06377, section 3). So they cost next
+    to nothing, and the encoder never meets a placeholder that no real clip holds."""
 
     def __init__(self, width, n_layers):
         super().__init__()
@@ -107,12 +107,11 @@ class Encoder(nn.Module):
 
     def layer_outputs(self, patches, visible=None):
         """What each layer computes, a list of tensors like the latents, before the last norm."""
-        indices = torch.arange(N_PATCHES, device=patches.device)[None]              # (1, N)
+        x, rotation, outputs = self.embed(patches) + self.positions, self.rotations[None], []
         if visible is not None:
-            indices, patches = visible, select(patches, visible)                    # (B, C, ...)
-        x, outputs = self.embed(patches) + self.positions[indices], []
+            x, rotation = select(x, visible), self.rotations[visible]               # (B, C, ...)
         for layer in self.layers:
-            x = layer(x, self.rotations[indices])
+            x = layer(x, rotation)
             outputs.append(x)
         return outputs
 
@@ -152,11 +151,10 @@ class Predictor(nn.Module):
 class AudioJEPA(nn.Module):
     """Encoder, predictor and target encoder. Calling it computes the loss.
 
-        loss = smooth_l1(predictions, targets)
-
         latents     = encoder(visible patches)
         predictions = predictor(latents, visible, hidden)
-        targets     = normalize(layers of target_encoder(all patches))[hidden], with no gradient
+        targets     = normalize(sum of normalize(layer) over target_encoder's layers), no gradient
+        loss        = smooth_l1(predictions, targets[hidden])
 
     The target encoder sees all patches, so that a target tells what a patch means among the others
     (I-JEPA, section 3). The loss could fall to 0 if all clips came to have the same targets

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import data
 from data import InputError
 from model import AudioJEPA
-from train import DTYPES, find_amp, find_device, knn_scores, load_checkpoint, standardize
+from train import DTYPES, accuracy, find_amp, find_device, knn_scores, load_checkpoint, standardize
 
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
 WINDOWS_AT_ONCE = 32                                 # that go through the encoder together
@@ -177,11 +177,6 @@ def linear_scores(train, labels, test, l2, loss_function):
     return (test @ weights + bias).detach()
 
 
-def accuracy(scores, labels):
-    """The share of clips whose highest score is that of their class."""
-    return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
-
-
 def mean_average_precision(scores, labels):
     """The mean over classes of the average precision at the clips that have the class. Clips of the
     same score share a rank. Source: AudioSet (arXiv 1609.09430), section 4."""
@@ -312,16 +307,19 @@ def path_ends(name):
 
 
 def match(rows, files, is_audioset):
-    """Rows of (name, labels, fold) -> {file: (labels, fold)}. A name stands for the one file that
-    shares its longest end; AudioSet's for the one that begins with it, or with Y and it. Raises
-    InputError."""
+    """Rows of (name, labels, fold) -> {file: (labels, fold)}. A name stands for the one file whose
+    path it is, or the end of whose path it is, or whose path is its end; AudioSet's for the one
+    that begins with it, or with Y and it. Raises InputError."""
     by_end, table = collections.defaultdict(set), {}
+    wholes = {path_ends(file)[0] for file in files}
     for file in files:
         *_, base = ends = path_ends(file)
         for end in ends + is_audioset * [base[:11], base.removeprefix("Y")[:11]]:
             by_end[end].add(file)
     for name, labels, fold in rows:
-        found = next((by_end[end] for end in path_ends(name) if end in by_end), set())
+        whole, *ends = path_ends(name)
+        end = whole if whole in by_end else next((end for end in ends if end in wholes), None)
+        found = {name} & files.keys() or by_end.get(end, set())
         if len(found) > 1 or found & table.keys():
             raise InputError(f"the label of {name!r}: it stands for several files or rows")
         table |= {file: (labels, fold) for file in found if labels}
@@ -354,10 +352,9 @@ def load_labelled(folder):
         taken, rows = "names of folders", from_folders(files)
     table = match(rows, files, is_audioset)
     if not table:
-        raise InputError(f"{folder}: no label fits an audio file; they can be in AudioSet's CSVs, "
-                         "meta/esc50.csv, labels.csv (columns filename and category), or a folder "
-                         f"for each class. Tried {taken}, with the names {[*rows[:1]]} and so on, "
-                         f"on the files {next(iter(files))!r} and so on")
+        raise InputError(f"{folder}: no label fits an audio file (the README lists the layouts); "
+                         f"tried {taken}, such as {[*rows[:1]]}, on files such as "
+                         f"{next(iter(files))!r}")
     labels, folds = map(list, zip(*table.values(), strict=True))
     classes = sorted({label for each in labels for label in each})
     print(f"labels from {taken}: {len(table):,} clips, {len(classes)} classes "

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import math
 import os
 import shutil
@@ -57,7 +58,7 @@ def learning_rate(step, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 
-def momentum(step, config):
+def ema_momentum(step, config):
     """The share of the target encoder that a step keeps. So the target encoder is an average of the
     encoder over about the last 1 / (1 - momentum) steps. At first that is a tenth of the run, so
     short and long runs behave alike. The share rises to 1 by half a cosine (BYOL, arXiv 2006.07733,
@@ -79,12 +80,89 @@ def make_optimizers(model, config):
         if weights.requires_grad:
             in_layer = ".layers." in name and weights.ndim == 2
             (matrices if in_layer else others).append(weights)
-    adamw = dict(lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": matrices, "share": 1.0}], weight_decay=0.05, **adamw),
-                torch.optim.AdamW([{"params": others, "share": 1.0}], weight_decay=0.0, **adamw)]
-    return [torch.optim.Muon([{"params": matrices, "share": 1.0}], weight_decay=0.05),
-            torch.optim.AdamW([{"params": others, "share": 0.1}], weight_decay=0.0, **adamw)]
+    adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=True)
+    first, share = (torch.optim.Muon, 0.1) if config.optimizer == "muon" else (adamw, 1.0)
+    return [first([{"params": matrices, "share": 1.0}], weight_decay=0.05),     # `train` sets lr
+            adamw([{"params": others, "share": share}], weight_decay=0.0)]
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def use_fast_arithmetic(config):
+    """Allow arithmetic that is faster and rounds a little differently."""
+    torch.set_float32_matmul_precision("high")       # TF32 on CUDA
+    # In bf16 on a CPU the backward pass of fused attention takes six times as long as that of the
+    # plain one. Despite their names, these two switches rule CPUs, too.
+    plain = config.device == "cpu" and config.amp == "bf16"
+    torch.backends.cuda.enable_flash_sdp(not plain)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)
+
+
+def set_up(config, checkpoint):
+    """Make all that a run needs, at its start or as a checkpoint left it. Raises InputError."""
+    torch.manual_seed(config.seed)                   # of the weights; all else has generators
+    use_fast_arithmetic(config)
+    source = data.BuiltInSounds() if config.data is None else data.AudioFiles(config.data)
+    run = argparse.Namespace(
+        config=config, step=0, log=Log(config),
+        crops=data.Crops(source, data.hop_samples(config.seconds) * data.N_FRAMES, config.seed),
+        mel=data.LogMel(config.seconds).to(config.device),
+        model=AudioJEPA(config.model).to(config.device),
+        autocast=torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off"),
+        scaler=torch.amp.GradScaler(config.device, enabled=config.amp == "fp16"))
+    run.optimizers = make_optimizers(run.model, config)
+    if checkpoint:
+        if checkpoint["fingerprint"] != source.fingerprint:
+            raise InputError(f"--data {config.data}: not the files that this run began with")
+        for name, part in parts(run).items():
+            part.load_state_dict(checkpoint[name])
+        run.step, run.log.rows = checkpoint["step"], checkpoint["log"]
+    else:
+        run.mel.fit(run.crops)
+        save(run)                                    # if it cannot be written, fail now
+    if config.compile:
+        run.model.compile()                          # in place: parameters keep their names
+    print(f"{len(source):,} clips; log-mel {run.mel.mean:.2f} +- {run.mel.std:.2f}; encoder of "
+          f"{sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M weights\n"
+          f"{LOG_HEAD}", flush=True)
+    run.log.start = time.perf_counter()
+    return run
+
+
+def train(config, checkpoint=None):
+    """Run the training that `config` describes, from the start or from where a checkpoint ends.
+    Returns the number of the signal that ended it early, or None. Raises InputError."""
+    run, device, stop = set_up(config, checkpoint), config.device, Stop()
+    mel, model, scaler, log = run.mel, run.model, run.scaler, run.log
+    steps = range(run.step, config.steps)
+    batches = data.load_batches(run.crops, config.batch_size, steps, config.workers,
+                                pin_memory=device == "cuda")
+    with contextlib.closing(batches):
+        for step in steps:
+            waveforms = log.next_batch(batches).to(device, non_blocking=True)
+            visible, hidden = make_masks(config.mask, config.batch_size, config.seed, step)
+            visible, hidden = visible.to(device), hidden.to(device)
+            with run.autocast:
+                loss, predictions, all_targets = model(patchify(mel(waveforms)), visible, hidden)
+            model.zero_grad()
+            scaler.scale(loss).backward()
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["share"] * learning_rate(step, config)
+                scaler.step(optimizer)               # in fp16, not if a gradient overflowed
+            scaler.update()
+            model.update_target_encoder(ema_momentum(step, config))
+            run.step = step + 1
+            is_last = run.step == config.steps or stop.signum
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                log.write(meters(run, loss, predictions, all_targets, hidden))
+            if run.step % config.save_every == 0 or is_last:
+                save(run)
+            if is_last:
+                break
+    print(f"saved {config.out} at step {run.step}", flush=True)
+    return stop.signum if run.step < config.steps else None
 
 
 # ---- meters: the loss does not tell whether a run learns ---------------------------------------
@@ -107,7 +185,7 @@ def explained(predictions, all_targets, hidden):
 def standardize(train, test):
     """Features of training (n, features) and of testing, shifted and scaled so that each feature
     has mean 0 and deviation 1 over the training ones."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
     return (train - mean) / std, (test - mean) / std
 
 
@@ -117,6 +195,11 @@ def knn_scores(train, labels, test):
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T             # (m, n)
     nearest, indices = similarity.topk(min(10, len(train)))
     return ((nearest / 0.07).softmax(1)[..., None] * labels[indices]).sum(1)
+
+
+def accuracy(scores, labels):
+    """The share of clips whose highest score (n, classes) is that of their class."""
+    return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
 
 
 @torch.no_grad()
@@ -130,18 +213,18 @@ def knn_of_orders(run, n=240):
     features = torch.cat(torch.std_mean(columns, dim=1, correction=0), dim=1)         # (n, 2 D')
     orders = torch.tensor([source.label(i) for i in range(n)])
     train, test = standardize(features[:n // 2], features[n // 2:])
-    votes = knn_scores(train, F.one_hot(orders[:n // 2]).float(), test)
-    return (votes.argmax(1) == orders[n // 2:]).float().mean().item()
+    labels = F.one_hot(orders).float()
+    return accuracy(knn_scores(train, labels[:n // 2], test), labels[n // 2:])
 
 
 def meters(run, loss, predictions, all_targets, hidden):
-    """What a step has to tell: a row of the log, but for its speed. Raises InputError if the loss
-    or a weight is not finite."""
+    """The row of the log for a step, without its speed. Raises InputError if the loss or a weight
+    is not finite."""
     check_finite(f"at step {run.step}", [loss, *run.model.parameters()])
     with run.autocast:
         knn = "" if run.config.data else f"{knn_of_orders(run):.0%}"
     return {"step": run.step, "loss": loss.item(), "lr": learning_rate(run.step - 1, run.config),
-            "momentum": momentum(run.step - 1, run.config), "spread": spread(all_targets),
+            "momentum": ema_momentum(run.step - 1, run.config), "spread": spread(all_targets),
             "explained": explained(predictions, all_targets, hidden), "knn": knn}
 
 
@@ -247,95 +330,16 @@ class Log:
         self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
 
 
-# ---- the run -----------------------------------------------------------------------------------
-
-
-def use_fast_arithmetic(config):
-    """Allow arithmetic that is faster and rounds a little differently."""
-    torch.set_float32_matmul_precision("high")       # TF32 on CUDA
-    # In bf16 on a CPU the backward pass of fused attention takes six times as long as that of the
-    # plain one. Despite their names, these two switches rule CPUs, too.
-    plain = config.device == "cpu" and config.amp == "bf16"
-    torch.backends.cuda.enable_flash_sdp(not plain)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)
-
-
-def set_up(config, checkpoint):
-    """Make all that a run needs, at its start or as a checkpoint left it. Raises InputError."""
-    torch.manual_seed(config.seed)                   # of the weights; all else has generators
-    use_fast_arithmetic(config)
-    source = data.AudioFiles(config.data) if config.data else data.BuiltInSounds()
-    run = argparse.Namespace(
-        config=config, step=0, log=Log(config),
-        crops=data.Crops(source, data.hop_samples(config.seconds) * data.N_FRAMES, config.seed),
-        mel=data.LogMel(config.seconds).to(config.device),
-        model=AudioJEPA(config.model).to(config.device),
-        autocast=torch.autocast(config.device, DTYPES[config.amp], enabled=config.amp != "off"),
-        scaler=torch.amp.GradScaler(config.device, enabled=config.amp == "fp16"))
-    run.optimizers = make_optimizers(run.model, config)
-    if checkpoint:
-        if checkpoint["fingerprint"] != source.fingerprint:
-            raise InputError(f"--data {config.data}: not the files that this run began with")
-        for name, part in parts(run).items():
-            part.load_state_dict(checkpoint[name])
-        run.step, run.log.rows = checkpoint["step"], checkpoint["log"]
-    else:
-        run.mel.fit(run.crops)
-        save(run)                                    # if it cannot be written, fail now
-    if config.compile:
-        run.model.compile()                          # in place: parameters keep their names
-    print(f"{len(source):,} clips; log-mel {run.mel.mean:.2f} +- {run.mel.std:.2f}; encoder of "
-          f"{sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M weights\n"
-          f"{LOG_HEAD}", flush=True)
-    run.log.start = time.perf_counter()
-    return run
-
-
-def train(config, checkpoint=None):
-    """Run the training that `config` describes, from the start or from where a checkpoint ends.
-    Returns the number of the signal that ended it early, or None. Raises InputError."""
-    run, device, stop = set_up(config, checkpoint), config.device, Stop()
-    mel, model, scaler, log = run.mel, run.model, run.scaler, run.log
-    steps = range(run.step, config.steps)
-    batches = data.load_batches(run.crops, config.batch_size, steps, config.workers,
-                                pin_memory=device == "cuda")
-    with contextlib.closing(batches):
-        for step in steps:
-            waveforms = log.next_batch(batches).to(device, non_blocking=True)
-            visible, hidden = make_masks(config.mask, config.batch_size, config.seed, step)
-            visible, hidden = visible.to(device), hidden.to(device)
-            with run.autocast:
-                loss, predictions, all_targets = model(patchify(mel(waveforms)), visible, hidden)
-            model.zero_grad()
-            scaler.scale(loss).backward()
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["share"] * learning_rate(step, config)
-                scaler.step(optimizer)               # in fp16, not if a gradient overflowed
-            scaler.update()
-            model.update_target_encoder(momentum(step, config))
-            run.step = step + 1
-            is_last = run.step == config.steps or stop.signum
-            if run.step % config.log_every == 0 or run.step == config.steps:
-                log.write(meters(run, loss, predictions, all_targets, hidden))
-            if run.step % config.save_every == 0 or is_last:
-                save(run)
-            if is_last:
-                break
-    print(f"saved {config.out} at step {run.step}", flush=True)
-    return stop.signum if run.step < config.steps else None
-
-
 # ---- the command -------------------------------------------------------------------------------
 
 
-def number(low, high, kind=int):
+def within(low, high, kind=int):
     """A type for argparse: a number of this kind from `low` to `high`."""
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
-    return parse
+    return number
 
 
 def parse(argv):
@@ -352,19 +356,19 @@ def parse(argv):
     add("--out", help="checkpoint to write, with the log beside it as .csv (ckpt.pt)")
     add("--resume", metavar="CKPT", help="go on with this checkpoint, with its settings")
     add("--model", choices=SIZES, help="size of the encoder; base is ViT-B")
-    add("--seconds", type=number(0.25, 60, float), help="length of a clip")
+    add("--seconds", type=within(0.25, 60, float), help="length of a clip")
     add("--mask", choices=MASKS, help="which patches to hide")
     add("--optimizer", choices=("muon", "adamw"), help="what moves the matrices of the layers")
-    add("--batch-size", type=number(1, 100_000), help="clips in a step")
-    add("--steps", type=number(1, 10 ** 9), help="length of the run; every schedule depends on it")
-    add("--lr", type=number(0, 10, float), help="peak learning rate")
+    add("--batch-size", type=within(1, 100_000), help="clips in a step")
+    add("--steps", type=within(1, 10 ** 9), help="length of the run; every schedule depends on it")
+    add("--lr", type=within(0, 10, float), help="peak learning rate")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), help="auto: the first that is there")
     add("--amp", choices=("auto", *DTYPES), help="mixed precision; auto: what the hardware has")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on with CUDA)")
-    add("--workers", type=number(0, 1000), help="processes to read (cores - 1, at most 16)")
-    add("--seed", type=number(0, 2 ** 32 - 1), help="of weights, order, crops and masks (0)")
-    add("--save-every", type=number(1, 10 ** 9), help="steps between checkpoints")
-    add("--log-every", type=number(1, 10 ** 9), help="steps between lines of the log")
+    add("--workers", type=within(0, 1000), help="processes to read (cores - 1, at most 16)")
+    add("--seed", type=within(0, 2 ** 32 - 1), help="of weights, order, crops and masks (0)")
+    add("--save-every", type=within(1, 10 ** 9), help="steps between checkpoints")
+    add("--log-every", type=within(1, 10 ** 9), help="steps between lines of the log")
     return vars(parser.parse_args(argv))
 
 
@@ -429,25 +433,22 @@ def resolve(given, resumed):
 def main(argv=None):
     """The command line; returns the exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")            # names need not be valid UTF-8
-    given, config = parse(argv), None
+    given = parse(argv)
     resumed = given.pop("resume", None)
     try:
-        if "" in (resumed, given.get("data")):
-            raise InputError("--data and --resume need a path")
         config, checkpoint = resolve(given, resumed)
         print("\n".join(f"{name:11} {value}" for name, value in vars(config).items()), flush=True)
         signum = train(config, checkpoint)
         return 128 + signum if signum else 0
-    except (InputError, OSError, RuntimeError) as error:         # OSError: a disk that is gone, say
+    except (InputError, OSError, RuntimeError) as error:         # OSError: a disk that is gone
         reason = str(error).splitlines()[0]
         if "DataLoader" in reason:                   # torch raises so, anywhere, if a worker dies
-            reason += " Use fewer --workers, or give them more memory (Docker: --shm-size 8g)."
+            reason += (" Use fewer --workers, or give them more memory (Docker: --shm-size 8g)."
+                       f" {config.out} holds step {steps_in(config.out)}; --resume goes on there.")
         elif isinstance(error, RuntimeError):
             raise
     except KeyboardInterrupt:                        # before the first step: nothing to save
         return 130
-    if config and (step := steps_in(config.out)):
-        reason += f" ({config.out} holds step {step}: --resume goes on from there)"
     print(f"train.py: {reason}", file=sys.stderr)
     return 1
 
