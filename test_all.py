@@ -300,6 +300,12 @@ def test_blocks_are_two_columns_of_all_rows_and_every_arrangement_is_as_likely()
     assert len({*columns}) == 495
 
 
+def test_a_hidden_patch_is_drawn_where_it_lies():
+    lines = masking.draw(torch.randn(128, 256), torch.tensor([0, 17])).splitlines()
+    assert [line[:9].count("?") for line in lines] == [0] * 12 + [4] * 4
+    assert lines[-1][:4] == lines[-4][4:8] == "????", "rows go up, and columns to the right"
+
+
 # ---- model -------------------------------------------------------------------------------------
 
 
@@ -498,9 +504,10 @@ def test_a_run_whose_targets_are_alike_is_warned_once(tmp_path, capsys):
     config = argparse.Namespace(out=str(tmp_path / "a.pt"), steps=9, batch_size=4)
     log, row = train.Log(config), dict(lr=1, momentum=1, loss=1, explained=0, knn="")
     for step, spread in enumerate((0.5, 0.05, 0.05)):
-        log.clips = 4
+        log.clips, before = 4, log.start
         log.write(row | {"step": step, "spread": spread})
         assert ("warning: all clips" in capsys.readouterr().out) == (step == 1)
+        assert log.start > before and log.clips == 0, "the clock was not reset"
 
 
 @pytest.mark.parametrize("kind, share", [("muon", 0.1), ("adamw", 1)])
@@ -874,12 +881,47 @@ with open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8"
     README = readme.read()
 
 
-def test_the_snippets_of_the_readme_run_as_they_stand(run, monkeypatch):
-    monkeypatch.chdir(run.path.parent)               # where a ckpt.pt is
+def test_the_snippets_of_the_readme_run_as_they_stand(run, recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt.pt").symlink_to(run.path)
+    (tmp_path / "recordings").symlink_to(recordings)
+    words = "arabic-speech-commands-dataset/dataset/{}/0000000{}_NO_0{}.wav"
+    digits = "free-spoken-digit-dataset/recordings/{}_{}_0.wav"
+    for path in ["sonic-pi/etc/samples/drum.flac", "ESC-50/audio/1-a.wav", "ESC-50/audio/2-b.wav",
+                 *(digits.format(i, name) for i in range(3) for name in ("ann", "bob", "cyd")),
+                 *(words.format(word, i, take) for word in ("go", "up") for i in (1, 2, 3, 4, 5, 6)
+                   for take in (1, 2, 4))]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "ESC-50/meta").mkdir()
+    (tmp_path / "ESC-50/meta/esc50.csv").write_text(
+        "filename,fold,category,esc10\n1-a.wav,1,dog,True\n2-b.wav,2,cat,False\n")
     names = {"waveform": torch.randn(2, 50_000), "sample_rate": 32_000}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(snippet, names)
     assert names["embeddings"].shape == names["AudioJEPAEncoder"]()(torch.randn(2, 50_000)).shape
+    assert np.load("vectors.npz")["vectors"].shape == (12, 2 * 512)
+    tables = {folder: {row["filename"]: (row["category"], row["fold"]) for row in probe.read_csv(
+        f"{folder}/labels.csv", [])} for folder in ("hour/digits", "hour/esc10", "words")}
+    assert tables["hour/digits"]["2-2_cyd_0.wav"] == ("2", "3") and len(tables["hour/digits"]) == 9
+    assert tables["hour/esc10"] == {"dog-1-a.wav": ("dog", "1")} and len(tables["words"]) == 8
+    assert tables["words"]["go-00000004_NO_01.wav"] == ("go", "3")
+
+
+@pytest.mark.skipif(not os.path.isdir("../shared/data/fsdd"), reason="needs ../shared")
+def test_the_readme_gives_digits_and_words_the_folds_of_the_tables(tmp_path):
+    shared, names = os.path.abspath("../shared"), {}
+    code, = re.findall(r"```python\n(import csv.*?)digits = ", README, re.S)
+    exec(code, names)
+    for folder, parse, n_folds in (
+            ("data/fsdd", lambda file: file.stem.split("_")[:2], 6),
+            ("unheard/arabic", lambda file: file.stem.split("_NO_")[0].rsplit("-", 1), 5)):
+        rows = probe.read_csv(f"{shared}/{folder}/labels.csv", ["fold"])
+        files = [names["Path"](shared, folder, row["filename"]) for row in rows]
+        names["copy_labelled"](files, tmp_path / folder, parse, n_folds)
+        written = probe.read_csv(tmp_path / folder / "labels.csv", ["fold"])
+        assert [(row["category"], row["fold"]) for row in written] == [
+            (row["category"], row["fold"]) for row in rows], folder
 
 
 def test_the_diagram_and_the_commands_of_the_readme_name_what_exists():
@@ -888,7 +930,7 @@ def test_the_diagram_and_the_commands_of_the_readme_name_what_exists():
     known = {*dir(data), *dir(masking), *dir(model), *dir(model.AudioJEPA), *dir(F), "waveform"}
     assert len(boxes) > 6 and {*boxes} <= known, {*boxes} - known
     commands = re.findall(r"python (train|probe)\.py([^`#\n]*)", README)
-    assert len(commands) > 6
+    assert len(commands) > 5
     for script, given in commands:
         if script == "train" and "--help" not in given:
             train.parse(given.split())               # exits if it does not know a flag
