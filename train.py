@@ -92,8 +92,8 @@ def make_optimizers(model, config):
 def use_fast_arithmetic(config):
     """Allow arithmetic that is faster and rounds a little differently."""
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
-    # In bf16 on a CPU the backward pass of fused attention takes six times as long as that of the
-    # plain one. Despite their names, these two switches rule CPUs, too.
+    # In bf16 on a CPU the backward pass of fused attention takes far longer than that of the plain
+    # one. Despite their names, these two switches rule CPUs, too.
     plain = config.device == "cpu" and config.amp == "bf16"
     torch.backends.cuda.enable_flash_sdp(not plain)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)
