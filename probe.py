@@ -66,13 +66,12 @@ class FrozenEncoder(nn.Module):
         """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound.
         Long audio goes through in windows that know nothing of one another. Raises InputError."""
         waveform = torch.atleast_2d(torch.as_tensor(waveform))
-        if (waveform.ndim > 2 or waveform.numel() == 0 or not waveform.is_floating_point()
+        if (waveform.ndim > 2 or waveform.numel() == 0 or len(waveform) > waveform.shape[1]
+                or not waveform.is_floating_point()
                 or not waveform.abs().max() < 1e4):              # NaN fails any comparison
-            raise InputError("a waveform has finite floats, about -1 to 1, and the shape (samples,"
-                             f") or (clips, samples), not {waveform.dtype} {[*waveform.shape]}")
-        if len(waveform) > waveform.shape[1]:
-            raise InputError(f"{len(waveform):,} clips of {waveform.shape[1]} samples: if these "
-                             "are channels, give waveform.mean(1)")
+            raise InputError("a waveform has finite floats, about -1 to 1, and the shape (samples,)"
+                             " or (clips, samples); average channels by waveform.mean(1). This is "
+                             f"{waveform.dtype} {[*waveform.shape]}")
         if self.mel.mean.dtype != torch.float32 or sample_rate != int(sample_rate):
             raise InputError("the encoder must stay in float32, which logarithms need (mixed "
                              "precision is on by itself), and the rate must be a whole number")
