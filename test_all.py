@@ -39,6 +39,12 @@ for number in data.STOP_SIGNALS:                     # nohup has some ignored
 # ---- helpers -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same random numbers, alone or after others."""
+    torch.manual_seed(0)
+
+
 class Numbers(data.BuiltInSounds):
     """A source of 50 clips. A window of a clip holds two numbers: its index and its start."""
     bad = ()
@@ -676,7 +682,7 @@ def test_the_encoder_in_one_call(run):
     assert embeddings.shape == (2, 40, encoder.output_dim) == (2, 40, 8 * 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=train.find_amp("cpu") == "bf16"):
         latents = encoder.encoder(patches)[0].view(8, 16, 64)[:, 4].flatten().float()
-    assert torch.allclose(embeddings[0, 20], latents, atol=0.05), "column 4 of window 1 is wrong"
+    assert torch.allclose(embeddings[0, 20], latents, atol=0.1), "column 4 of window 1 is wrong"
     low, high = (encoder(tone(3000, 0.57, rate), rate)[0] for rate in (8000.0, 32_000))
     assert low.shape == high.shape == (15, 512), "14.25 columns make 15"
     assert F.cosine_similarity(low, high)[2:-3].mean() > 0.95, "not resampled, or not well"
