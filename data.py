@@ -337,13 +337,16 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
         num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pin_memory,
         timeout=600 if workers else 0)
     printed = set()
-    for waveforms, reports in loader:
-        for lines in map(str.splitlines, reports):
-            for line in lines:
-                if line not in printed:
-                    print(line, flush=True)
-                    printed.add(line)
-            if sum(line.startswith("unusable") for line in lines) == PATIENCE:
-                raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): mend "
-                                 "or remove them, or look whether a drive is gone")
-        yield waveforms
+    try:
+        for waveforms, reports in loader:
+            for lines in map(str.splitlines, reports):
+                for line in lines:
+                    if line not in printed:
+                        print(line, flush=True)
+                        printed.add(line)
+                if sum(line.startswith("unusable") for line in lines) == PATIENCE:
+                    raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): "
+                                     "mend or remove them, or look whether a drive is gone")
+            yield waveforms
+    except Exception as error:       # its frames here would keep the workers, and so the run, alive
+        raise error.with_traceback(None) from None

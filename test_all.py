@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -593,6 +594,15 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(go, monkeypatch, capsys):
     error, = capsys.readouterr().err.splitlines()
     assert "DataLoader worker" in error and "fewer --workers" in error
     assert re.search(r"ckpt.pt holds step \d+; --resume goes on", error)
+
+
+def test_a_bug_in_a_worker_shows_its_traceback_and_ends_the_worker(go, monkeypatch):
+    read = data.Crops.read
+    monkeypatch.setattr(data.Crops, "read", lambda crops, i: (
+        read(crops, i) if i < 22 else torch.ones(2) @ torch.ones(3)))
+    with pytest.raises(RuntimeError, match="size"):
+        go(workers=1, steps=50)
+    assert not multiprocessing.active_children()     # one that is left keeps the command waiting
 
 
 def test_a_nan_stops_the_run_and_the_last_checkpoint_is_good(go, tmp_path, monkeypatch, capsys):

@@ -442,7 +442,7 @@ def main(argv=None):
         return 128 + signum if signum else 0
     except (InputError, OSError, RuntimeError) as error:         # OSError: a disk that is gone
         reason = str(error).splitlines()[0]
-        if "DataLoader" in reason:                   # torch raises so, anywhere, if a worker dies
+        if "DataLoader" in reason and "Caught" not in reason:    # a dead worker, not a bug in one
             reason += (" Use fewer --workers, or give them more memory (Docker: --shm-size 8g)."
                        f" {config.out} holds step {steps_in(config.out)}; --resume goes on there.")
         elif isinstance(error, RuntimeError):
