@@ -163,19 +163,20 @@ def linear_scores(train, labels, test, l2, loss_function):
     train, test = standardize(train, test)
     basis = torch.linalg.qr(train.T).Q               # the best weights are sums of training clips:
     train, test = train @ basis, test @ basis        # no more dimensions than clips, a faster fit
-    weights = torch.zeros(train.shape[1], labels.shape[1], requires_grad=True)
+    weights = torch.zeros(labels.shape[1], train.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = loss_function(train @ weights + bias, labels) + l2 / 2 * weights.square().sum()
+        scores = F.linear(train, weights, bias)
+        loss = loss_function(scores, labels) + l2 / 2 * weights.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return (test @ weights + bias).detach()
+    return F.linear(test, weights, bias).detach()
 
 
 def mean_average_precision(scores, labels):
