@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -137,16 +138,18 @@ def test_a_crop_is_the_slice_of_the_file_that_its_start_names(tmp_path, rate):
 
 
 def test_files_are_found_once_in_any_spelling_and_through_links_or_are_listed(tmp_path, capsys):
-    top, names = tmp_path / "top", {"a.wav", "b/x.FLAC", "b/c/y.Opus", "new\nl.aiff", "\udcff.mp3"}
+    top, many = tmp_path / "top", [f"many/{i:02}.wav" for i in range(30)]
+    names = {"a.wav", "b/x.FLAC", "b/c/y.Opus", "new\nl.aiff", "\udcff.mp3", *many}
     for name in [*names, "no.m4a", "b/wav", "b/._x.FLAC", "../side/once.wav"]:
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).touch()
     for link, goal in (("b/up", "top"), ("b/root", "/"), ("link", "side"), ("link/up", "top")):
         (top / link).symlink_to(tmp_path / goal)
     files = data.AudioFiles(top)
-    found = {os.path.relpath(os.fsdecode(files.path(i)), top) for i in range(len(files))}
-    assert found == names | {"link/once.wav"} and len(files) == 6
-    assert all(files.name(i).isprintable() for i in range(6)), "a name is not escaped"
+    found = [os.path.relpath(os.fsdecode(files.path(i)), top) for i in range(len(files))]
+    assert {*found} == names | {"link/once.wav"} and len(found) == 36
+    assert [name for name in found if name in many] == many, "the order is that of the disk"
+    assert all(files.name(i).isprintable() for i in range(36)), "a name is not escaped"
     assert "left out as no audio that we can read: 1 .m4a, 1 .flac" in capsys.readouterr().out
     (top / "list.txt").write_bytes(b"\xef\xbb\xbfa.wav\n\n\r\nsub/b \xff.wav\r\n/abs/c.wav")
     listed, here = data.AudioFiles(top / "list.txt"), os.fsencode(top)
@@ -517,9 +520,12 @@ def test_a_run_whose_targets_are_alike_is_warned_once(tmp_path, capsys):
     config = argparse.Namespace(out=str(tmp_path / "a.pt"), steps=9, batch_size=4)
     log, row = train.Log(config), dict(lr=1, momentum=1, loss=1, explained=0, knn="")
     for step, spread in enumerate((0.5, 0.05, 0.05)):
-        log.clips, before = 4, log.start
+        log.next_batch(iter([torch.zeros(4, 1)]))
+        log.start = before = time.perf_counter() - 100           # a step of 4 clips took 100 s
         log.write(row | {"step": step, "spread": spread})
-        assert ("warning: all clips" in capsys.readouterr().out) == (step == 1)
+        said = capsys.readouterr().out
+        assert ("warning: all clips" in said) == (step == 1)
+        assert ("0:15:00", "0:13:20", "0:11:40")[step] in said, "the time left is wrong"
         assert log.start > before and log.clips == 0, "the clock was not reset"
 
 
@@ -669,7 +675,7 @@ def bad(run):
 
 @pytest.mark.parametrize("given, says", [
     ("", "ckpt.pt exists"), ("--resume=ckpt.pt --steps=9", "no run can be made longer"),
-    ("--resume=", "not a ch"), ("--resume=half --mask=random --lr=1", "leave out --lr, --mask"),
+    ("--resume=", "not a ch"), ("--resume=half --lr=1 --steps=9", "leave out --lr, --steps"),
     ("--out=a.pt --data=", "no such folder"), ("--resume=half --data=text", "not the files"),
     ("--resume=absent", "No such file"), ("--resume=cuda", "--device cpu --no-compile"),
     ("--out=no/a.pt", "choose"), ("--out=a.csv", "choose"), ("--out=a.pt --compile", "apt install"),
@@ -767,7 +773,7 @@ TABLE = "\ufefffilename,fold,category\n{0}0.wav,1.0,a\n{0}1,2,b\n"
      {"0": (["a", "b"], "train"), "1": (["b"], "test"), "2": (["a"], "valid")}),
     ({"labels.csv": "filename,category\nabsent/1.wav,c\nx/1.wav,a\nx/2.wav,b\n"},
      {"x/1": (["a"], None), "x/2": (["b"], None)}),
-    ({}, {"a/0": (["a"], None), "b/1": (["b"], None), "2": None}),
+    ({}, {"a/c/0": (["a"], None), "b/1": (["b"], None), "2": None}),
     ({}, {"Train/a/0": (["a"], "train"), "validation/b/1": (["b"], "valid"),
           "test/b/1": (["b"], "test")}),
     ({"csv/balanced_train_segments.csv": '# YTID\n-b-d_f-h_jk, 0, 9, "a,b"\n',
@@ -819,6 +825,12 @@ def test_the_parts_of_a_round_share_no_clip_and_every_fold_is_tested_once(folds,
         assert rounds < 5 or sum(i % 2 for i in parts[2].tolist()) == 2, "a class lacks in a fold"
 
 
+def test_the_built_in_sounds_have_a_class_for_each_order_and_a_fifth_of_them_tests():
+    _, indices, labels, folds = probe.load_labelled(None)
+    assert indices == [*range(2400)] and labels == [[c] for c in "012345"] * 400
+    assert folds == ["train"] * 1920 + ["test"] * 480
+
+
 def test_what_is_too_little_to_probe_is_said(capsys):
     with pytest.raises(data.InputError, match="too few clips"):
         probe.make_rounds(torch.eye(2), ["train", "test"])
@@ -854,11 +866,13 @@ def test_the_regularisation_is_chosen_on_the_valid_clips_alone(monkeypatch):
     train_part, *others = torch.arange(90).split(30)
     best = [min(probe.L2_STRENGTHS, key=lambda l2, part=part: loss(probe.linear_scores(
         x[train_part], labels[train_part], x[part], l2, loss), labels[part])) for part in others]
-    fit = mock.Mock(wraps=probe.linear_scores)
+    fit, knn = mock.Mock(wraps=probe.linear_scores), mock.Mock(wraps=probe.knn_scores)
     monkeypatch.setattr(probe, "linear_scores", fit)
+    monkeypatch.setattr(probe, "knn_scores", knn)
     probe.evaluate(x, labels, [(train_part, *others)])
     assert fit.call_args.args[3] == best[0] != best[1], "chosen on the test clips"
     assert torch.equal(fit.call_args.args[0], x[:60]), "not fitted on the clips of train and valid"
+    assert len(knn.call_args.args[0]) == 60, "the clips of train and valid do not all vote"
 
 
 @pytest.mark.parametrize("several, metric, chance", [(0, "accuracy", 0.48), (1, "mAP", 0.65)])
@@ -968,8 +982,9 @@ def test_the_commands_train_draw_and_probe_from_a_folder_with_odd_names(recordin
     odd.mkdir()
     (odd / "recordings").symlink_to(recordings)
     for arguments, code, says in (
-            (["train.py", *flags(model="tiny", steps=2, amp="bf16", data=odd / "recordings")], 0,
-             "saved ckpt.pt at step 2"),
+            (["train.py", *flags(model="tiny", steps=3, amp="bf16", data=odd / "recordings",
+                                 log_every=2)], 0,
+             "saved ckpt.pt at step 3"),
             (["train.py"], 1, "train.py: ckpt.pt exists"), (["masking.py"], 0, "are visible"),
             (["probe.py", "ckpt.pt", "--json=table"], 0, "12 clips")):
         process = command(odd, *arguments)
