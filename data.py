@@ -59,8 +59,8 @@ class LogMel(nn.Module):
     """Waveforms (B, S) -> normalised log-mel spectrograms (B, M, one frame for each hop).
 
     The bands are evenly spaced in mel, as the ear hears pitch (Slaney's formula); the logarithm
-    follows how it hears loudness. A hop is seconds / 256, a window 2.5 hops: the paper's geometry
-    at 10 s (39 ms), a speech recogniser's at 2.56 s (10 ms)."""
+    follows how it hears loudness. A hop is seconds / 256, a window 2.5 hops. At 10 s a hop has
+    39 ms, as in the paper; at 2.56 s it has 10 ms, as in speech recognition."""
 
     def __init__(self, seconds):
         super().__init__()
@@ -165,8 +165,9 @@ class AudioFiles:
         for folder, subfolders, names in os.walk(
                 root, followlinks=True, onerror=lambda error: print(f"unusable: {error}")):
             here = os.path.realpath(folder)
-            if here in visited or here != top and top.startswith(os.path.join(here, b"")):
-                subfolders.clear()                   # a link led here again, or above the top
+            is_above = here != top and top.startswith(os.path.join(here, b""))
+            if here in visited or is_above:          # a link led here again, or above the top
+                subfolders.clear()
                 continue
             visited.add(here)
             subfolders.sort()                        # os.walk goes on in this order
@@ -244,7 +245,8 @@ class BuiltInSounds:
         rng, time = np.random.default_rng([12, int(index)]), np.arange(n_samples)
         partials, decay = self.timbres[index // 6 % 4]
         samples = n_samples / COLUMNS * rng.uniform(1.1, 1.5)                        # of a note
-        note, within = np.divmod(time + 4 * samples * rng.random(), samples)
+        beginning = 4 * samples * rng.random()       # anywhere in the melody
+        note, within = np.divmod(time + beginning, samples)
         note, within = note.astype(int), within / SAMPLE_RATE                        # in seconds
         pitch = self.orders[self.label(index)][note % 4] + rng.uniform(-3, 3)        # semitones
         phase = 2 * np.pi * (300 * 2 ** (pitch / 12)).cumsum() / SAMPLE_RATE         # from 300 Hz
@@ -296,7 +298,7 @@ class Crops(torch.utils.data.Dataset):
         other files may follow a short one."""
         epoch, place = divmod(i, len(self.source))
         index = int(epoch_order(self.seed, epoch, len(self.source))[place])
-        rng = np.random.default_rng([self.seed, 1 << 32, i])     # 1 << 32: not a stream of epochs
+        rng = np.random.default_rng([self.seed, 1 << 32, i])     # numbers that no epoch draws
         fill = rng.random() < 0.5 and fill
         crop, reports, failures = torch.zeros(0), [], 0
         while failures < PATIENCE:
@@ -348,5 +350,5 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
                     raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): "
                                      "mend or remove them, or look whether a drive is gone")
             yield waveforms
-    except Exception as error:       # its frames here would keep the workers, and so the run, alive
-        raise error.with_traceback(None) from None
+    except Exception as error:       # a bug in a worker: the traceback here would hold the loader,
+        raise error.with_traceback(None) from None   # so workers and command would never end

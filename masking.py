@@ -26,9 +26,11 @@ def block_masks(n_clips, rng):
     Returns: (B, N), True where a patch is hidden."""
     # 12 slots in random order: 4 hidden ones, two columns wide, and 8 visible ones, one wide. The
     # argsort of random numbers is a random permutation, so just 4 of its numbers are below 4.
+    # slots .?..?...??..  ->  columns .??..??...????..
     n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
-    is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS
-    columns = np.repeat(is_block, np.where(is_block, BLOCK_COLUMNS, 1).ravel())
+    is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS            # (B, 12)
+    widths = np.where(is_block, BLOCK_COLUMNS, 1)
+    columns = np.repeat(is_block.ravel(), widths.ravel())                           # (B * 16,)
     return np.tile(columns.reshape(n_clips, COLUMNS), ROWS)
 
 

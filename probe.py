@@ -41,7 +41,8 @@ AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
 class FrozenEncoder(nn.Module):
     """Waveforms in, embeddings over time out: one of `output_dim` numbers (D') every `hop_seconds`.
     It holds the 8 patches of a column side by side, because their average would mix high
-    frequencies with low ones (Riou et al., arXiv 2405.08679). `requires_grad_(True)` thaws it."""
+    frequencies with low ones (Riou et al., arXiv 2405.08679). They are those of the last layer,
+    which know more words than any earlier one, or than the sum. `requires_grad_(True)` thaws it."""
 
     def __init__(self, config):
         super().__init__()

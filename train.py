@@ -50,8 +50,8 @@ LOG_LINE = ("{step:8} / {of:<8} {loss:7.4f}  {lr:7.1e}  {spread:6.2f}  {explaine
 
 def learning_rate(step, config):
     """A pure function of the step, so a resumed run cannot drift: a linear warm-up over a twentieth
-    of the run, then half a cosine down to 0. That is 5,000 of the paper's 100,000 steps. It took
-    1,000; later its authors found 5,000 better."""
+    of the run, then half a cosine down to 0. In the paper's run that is 5,000 of 100,000 steps. The
+    paper has 1,000, and its authors later found 5,000 better."""
     warmup = 0.05 * config.steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
@@ -178,7 +178,8 @@ def explained(predictions, all_targets, hidden):
     """The share of the targets' variance about their mean over the batch, at the same patch, that
     the predictions (B, K, D) explain. 1: they are the targets. 0: they are as good as that mean,
     which knows the clip itself, so early in a run they are worse and this is negative."""
-    targets, means = select(all_targets, hidden), all_targets.mean(0)[hidden]       # (B, K, D)
+    targets = select(all_targets, hidden)                                           # (B, K, D)
+    means = all_targets.mean(0)[hidden]      # of each hidden patch over the clips, (B, K, D)
     return 1 - (F.mse_loss(predictions, targets) / F.mse_loss(means, targets)).item()
 
 
