@@ -350,5 +350,7 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
                     raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): "
                                      "mend or remove them, or look whether a drive is gone")
             yield waveforms
+    except (ConnectionError, EOFError):              # it died while it handed over a batch
+        raise RuntimeError("a DataLoader worker died.") from None
     except Exception as error:       # a bug in a worker: the traceback here would hold the loader,
         raise error.with_traceback(None) from None   # so workers and command would never end

@@ -598,10 +598,13 @@ def test_a_signal_saves_and_resuming_is_exact(go, tmp_path, monkeypatch, signums
     assert same(outcome(tmp_path / "whole.pt"), outcome(tmp_path / "ckpt.pt")), "it is not exact"
 
 
-def test_a_worker_that_dies_ends_the_run_in_one_line(go, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [None, ConnectionResetError, EOFError])
+def test_a_worker_that_dies_ends_the_run_in_one_line(go, monkeypatch, capsys, error):
     read = data.Crops.read
     monkeypatch.setattr(data.Crops, "read", lambda crops, i: (
         read(crops, i) if i < 22 else os.kill(os.getpid(), signal.SIGKILL)))
+    if error:                                        # if it dies while it hands over a batch
+        monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", mock.Mock(side_effect=error))
     assert go(workers=1, steps=50) == 1
     error, = capsys.readouterr().err.splitlines()
     assert "DataLoader worker" in error and "fewer --workers" in error
