@@ -122,8 +122,12 @@ def compute_features(source, indices, encoders):
     sound. Clips are read by windows, so that memory does not grow with their length.
 
     encoders: {name: FrozenEncoder}, of one checkpoint. Returns {name: {index: (2 D',)}}, without
-    the clips that cannot be read; under "log-mel" are those of the spectrogram itself, (2 M,)."""
+    the clips that cannot be read; under "log-mel" are those of the spectrogram itself, (2 M,).
+    Raises InputError if the encoders do not hear the same log-mel."""
     encoder = next(iter(encoders.values()))
+    if len({(each.mel.hop, each.mel.mean.item(), each.mel.std.item())
+            for each in encoders.values()}) > 1:
+        raise InputError("the encoders are of several checkpoints; compute their features apart")
     features, sums = collections.defaultdict(dict), {}           # sums over time of 1, x and x ** 2
 
     def finish(open_clip=None):
@@ -389,8 +393,9 @@ def run_probe(args):
     results = {name: evaluate(torch.stack([vectors[indices[i]] for i in read]), labels, rounds)
                for name, vectors in features.items()}
     metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
-    print(f"{len(labels):,} clips, {len(classes)} classes; {metric} in %, mean +- deviation over "
-          f"{len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
+    print(f"{len(labels):,} clips, {len(classes)} classes, {labels.mean(0).max():.0%} of the clips "
+          f"have the largest; {metric} in %, mean +- deviation over {len(rounds)} round(s)\n"
+          f"{'':10}{'linear':>14}{'kNN':>14}")
     for name, scores in results.items():
         print(f"{name:10}" + "".join(
             f"{100 * torch.tensor(x).mean():7.1f} +- "
