@@ -92,6 +92,9 @@ def make_optimizers(model, config):
 def use_fast_arithmetic(config):
     """Allow arithmetic that is faster and rounds a little differently."""
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
+    # cuDNN's attention in 16 bits can have NaN gradients on a Hopper GPU, for 64 tokens such as our
+    # visible ones (github.com/pytorch/pytorch/issues/196678). Flash attention is used instead.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # In bf16 on a CPU the backward pass of fused attention takes far longer than that of the plain
     # one. Despite their names, these two switches rule CPUs, too.
     plain = config.device == "cpu" and config.amp == "bf16"
