@@ -387,6 +387,7 @@ def turned(x, places):
 def test_a_layer_is_attention_head_by_head_and_then_an_mlp():
     torch.manual_seed(0)
     layer, x, places = model.Layer(24, 3), torch.randn(1, 5, 24), [0, 3, 17, 90, 127]
+    layer.norm2.weight.data.fill_(2)                 # unlike the other norm
     q, k, v = (part[0].split(8, dim=-1) for part in layer.qkv(layer.norm1(x)).split(24, dim=-1))
     heads = [(turned(q[h], places) @ turned(k[h], places).T / math.sqrt(8)).softmax(-1) @ v[h]
              for h in range(3)]
