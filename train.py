@@ -90,7 +90,7 @@ def make_optimizers(model, config):
 
 
 def use_fast_arithmetic(config):
-    """Allow arithmetic that is faster and rounds a little differently."""
+    """Allow arithmetic that is faster and rounds a little differently, but none known to fail."""
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
     # cuDNN's attention in 16 bits can have NaN gradients on a Hopper GPU, for 64 tokens such as our
     # visible ones (github.com/pytorch/pytorch/issues/196678). Flash attention is used instead.
