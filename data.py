@@ -350,7 +350,9 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
                     raise InputError(f"{PATIENCE} files in a row cannot be read (reasons above): "
                                      "mend or remove them, or look whether a drive is gone")
             yield waveforms
-    except (ConnectionError, EOFError):              # it died while it handed over a batch
+    except (ConnectionError, EOFError):              # while the worker handed over a batch
         raise RuntimeError("a DataLoader worker died.") from None
-    except Exception as error:       # a bug in a worker: the traceback here would hold the loader,
-        raise error.with_traceback(None) from None   # so workers and command would never end
+    except Exception as error:
+        # After a bug in a worker, the traceback would hold the loader, whose workers would then
+        # keep the command from ending. The worker's own traceback is in the message.
+        raise error.with_traceback(None) from None

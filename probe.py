@@ -166,8 +166,9 @@ def linear_scores(train, labels, test, l2, loss_function):
     """Fit one linear layer to features (n, features) with labels (n, classes); scores (m, classes)
     of `test`. Minimises loss + l2 / 2 * |weights|^2 on standardised features, by L-BFGS."""
     train, test = standardize(train, test)
-    basis = torch.linalg.qr(train.T).Q               # the best weights are sums of training clips:
-    train, test = train @ basis, test @ basis        # no more dimensions than clips, a faster fit
+    # The best weights are sums of training clips, so a fit in the span of the clips is enough.
+    basis = torch.linalg.qr(train.T).Q               # (features, at most n)
+    train, test = train @ basis, test @ basis
     weights = torch.zeros(labels.shape[1], train.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
