@@ -1,31 +1,28 @@
 """Chapter 2, masking: which patches the encoder sees, and which the predictor must predict.
 
-In: the kind of mask, the number of clips, seed and step. Out: the indices of the visible patches
-(B, C) and of the hidden ones (B, K), on the grid of 8 rows (frequency) x 16 columns (time), counted
-row by row. `python masking.py` draws them.
-Sources: blocks, I-JEPA (arXiv 2301.08243), section 3; predicted at once, V-JEPA (2404.08471),
-section 3; random, Audio-JEPA (2507.02915), section 2.
+`make_masks` returns the indices of the visible patches (B, C) and of the hidden ones (B, K). The
+grid has 8 rows (frequency) x 16 columns (time), numbered row by row. `python masking.py` draws it.
+Sources: I-JEPA (arXiv 2301.08243), section 3, for blocks; Audio-JEPA (arXiv 2507.02915), section 2,
+for random patches.
 """
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import COLUMNS, N_FRAMES, N_PATCHES, PATCH, ROWS, BuiltInSounds, LogMel, hop_samples
+from data import COLUMNS, N_PATCHES, PATCH, ROWS, BuiltInSounds, LogMel, make_output_printable
 
 N_BLOCKS, BLOCK_COLUMNS = 4, 2        # blocks of 8 x 2 patches: half of the grid is hidden
-HIDDEN_SHARE = 0.6                    # that random masks hide (paper: .4 to .6; Riou: .6)
 
 
 def block_masks(n_clips, rng):
-    """Four blocks, each two columns long and of all rows, that may touch and do not overlap.
+    """Hide four blocks, each two columns wide and full height; they may touch but not overlap.
 
-    Not in the paper: it hides random patches, and I-JEPA's blocks leave rows above and below them
-    visible. Then a hidden patch can be filled in from what sounds at the same moment. A block of
-    all rows hides a whole moment, which must be predicted from other moments.
+    Not in the paper: the paper masks random patches, and I-JEPA's blocks leave rows visible. Both
+    let a patch be interpolated from the same moment; a block of all rows must be predicted from
+    other moments.
     Returns: (B, N), True where a patch is hidden."""
-    # 12 slots in random order: 4 hidden ones, two columns wide, and 8 visible ones, one wide. The
-    # argsort of random numbers is a random permutation, so just 4 of its numbers are below 4.
+    # Shuffle 12 slots: 4 become hidden blocks of two columns, 8 become single visible columns.
     # slots .?..?...??..  ->  columns .??..??...????..
     n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
     is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS            # (B, 12)
@@ -35,29 +32,29 @@ def block_masks(n_clips, rng):
 
 
 def random_masks(n_clips, rng):
-    """A random 60 % of the patches. The paper draws the share anew for every batch; one share keeps
-    the shapes. Returns: (B, N), True where a patch is hidden."""
-    return rng.random((n_clips, N_PATCHES)).argsort(axis=1) < round(HIDDEN_SHARE * N_PATCHES)
+    """Hide a random half of the patches. The paper draws 40 to 60 % for each batch; a fixed ratio
+    keeps shapes constant. Returns: (B, N), True where a patch is hidden."""
+    return rng.random((n_clips, N_PATCHES)).argsort(axis=1) < N_PATCHES // 2
 
 
-# A mask of your own is a function like these, (n_clips, rng) -> (B, N), that hides as many patches
-# in every clip. So all shapes stay, and torch.compile need not compile again.
+# A mask of your own is a function like these that hides the same number of patches in every clip,
+# so shapes are constant and nothing is recompiled.
 MASKS = {"block": block_masks, "random": random_masks}
 
 
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). Each patch is in just one of the two.
+    """The masks of one step, a pure function of (seed, step). Every patch is in exactly one.
     Returns: visible (B, C), hidden (B, K), int64 patch indices."""
     is_hidden = MASKS[kind](n_clips, np.random.default_rng([seed, step]))
-    n_visible = N_PATCHES - is_hidden[0].sum()
-    assert (is_hidden.sum(axis=1) == is_hidden[0].sum()).all(), "clips differ in hidden patches"
-    order = torch.from_numpy(is_hidden.argsort(axis=1, kind="stable"))   # the visible ones first
-    return order[:, :n_visible], order[:, n_visible:]
+    n_hidden = is_hidden.sum(axis=1)
+    assert (n_hidden == n_hidden[0]).all(), "clips differ in the number of hidden patches"
+    order = torch.from_numpy(is_hidden.argsort(axis=1, kind="stable"))   # visible patches first
+    return order[:, :-n_hidden[0]], order[:, -n_hidden[0]:]
 
 
 def draw(spectrogram, hidden):
     """One clip's spectrogram (M, T) under its mask (K,) as text: time to the right, high bands on
-    top. A patch is 2 lines of 4 characters, whose shades show the level, or `?` where hidden."""
+    top. A patch is 2 lines of 4 characters: shades of the level, or `?` where hidden."""
     level = F.avg_pool2d(spectrogram[None], (PATCH // 2, PATCH // 4))[0]            # (16, 64)
     level = ((level - level.min()) / (level.max() - level.min()) * 4).round().int()
     text = np.array([*" ░▒▓█"])[level.numpy()]
@@ -67,10 +64,11 @@ def draw(spectrogram, hidden):
 
 
 if __name__ == "__main__":
-    sound = next(BuiltInSounds().windows(20, hop_samples(1.28) * N_FRAMES))
-    spectrogram = LogMel(1.28).log_mel(sound[None])[0]
+    make_output_printable()
+    mel = LogMel(1.28)
+    sound = next(BuiltInSounds(mel.clip_samples).windows(20, mel.clip_samples))
     for kind in MASKS:
         visible, hidden = make_masks(kind, n_clips=1, seed=0, step=17)
         print(f"{kind} masks: {visible.shape[1]} of the {N_PATCHES} patches are visible, "
-              f"{hidden.shape[1]} hidden and to be predicted, marked by ?")
-        print(draw(spectrogram, hidden[0]), end="\n\n")
+              f"{hidden.shape[1]} are hidden (?)")
+        print(draw(mel.log_mel(sound[None])[0], hidden[0]), end="\n\n")

@@ -1,193 +1,230 @@
-"""Chapter 5, the probe: what did the encoder learn?
+"""Chapter 4, the probe: what did the encoder learn?
 
-In: a checkpoint and labelled audio. Out: a table of how well the labels can be read off frozen
-features, by a linear classifier and by the nearest neighbours. Two rows that learned nothing stand
-beside the trained encoder: the plain log-mel, and the untrained encoder with which the run began.
-On the built-in sounds look at kNN: a linear probe finds the order even in random features.
+A checkpoint and labelled audio in, a table out: the scores of a linear classifier and of nearest
+neighbours on frozen features, beside two baselines: the log-mel, and the untrained encoder with
+which the run began. On the built-in sounds compare kNN; the linear probe solves them even with an
+untrained encoder.
 Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSet (1609.09430).
 
     python probe.py ckpt.pt                       on the data of the training, if it has labels
     python probe.py ckpt.pt --data ESC-50-master  the README lists the layouts of labelled folders
+    python probe.py ckpt.pt --data FOLDER --vectors out.npz     one vector per file; needs no labels
 """
 
 import argparse
 import collections
 import csv
-import glob
-import json
 import math
 import os
 import sys
+import unicodedata
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-import data
-from data import InputError
+from data import (EXTENSIONS, MAX_PEAK, PATCH, ROWS, SAMPLE_RATE, BuiltInSounds, LogMel, UserError,
+                  make_output_printable, open_source, patchify, resampler, to_columns)
 from model import AudioJEPA
-from train import DTYPES, accuracy, find_amp, find_device, knn_scores, load_checkpoint, standardize
 
+FORMAT = "audio-jepa 5"                              # of the checkpoints
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
-WINDOWS_AT_ONCE = 32                                 # that go through the encoder together
-SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+WINDOWS_AT_ONCE = 32                                 # of a clip that go through the encoder
 AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
+SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid",
+          "validation": "valid", "test": "test", "testing": "test"}
+
+
+# ---- machine and checkpoints -------------------------------------------------------------------
+
+
+def find_device(name):
+    """'auto', 'cuda', 'mps' or 'cpu' -> one that this machine has. Raises UserError."""
+    best = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    if name not in ("auto", "cpu", best):
+        raise UserError(f"no {name} on this machine; use --device {best}")
+    return best if name == "auto" else name
+
+
+def find_amp(device):
+    """The mixed precision that a device has in hardware: 'bf16', 'fp16' or 'off'."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
+
+
+def check_finite(where, tensors):
+    """Raise UserError if any value in `tensors` is NaN or infinite."""
+    if not math.isfinite(torch.nn.utils.get_total_norm(tensors)):
+        raise UserError(f"the weights {where} are NaN or infinite; try a lower --lr or --amp off")
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, on the CPU. Executes nothing in the file. Raises UserError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                       # a damaged file can raise anything
+        raise UserError(f"{path}: not a checkpoint that can be read "
+                        f"({getattr(error, 'strerror', None) or type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this version of train.py")
+    check_finite(f"in {path}", checkpoint["target_encoder"].values())
+    return checkpoint
 
 
 # ---- a trained encoder for use -----------------------------------------------------------------
 
 
 class FrozenEncoder(nn.Module):
-    """Waveforms in, embeddings over time out: one of `output_dim` numbers (D') every `hop_seconds`.
-    It holds the 8 patches of a column side by side, because their average would mix high
-    frequencies with low ones (Riou et al., arXiv 2405.08679). They are those of the last layer,
-    which know more words than any earlier one, or than the sum. `requires_grad_(True)` thaws it."""
+    """Waveforms in, embeddings out: one of `output_dim` values (D') every `hop_seconds`.
+
+    An embedding concatenates the 8 patches of a column, because their average would mix low and
+    high frequencies (Riou et al., arXiv 2405.08679). Unlike the targets it is taken after the final
+    norm; the last layer probes better than earlier ones or the sum. `requires_grad_(True)`
+    unfreezes the encoder."""
 
     def __init__(self, config):
         super().__init__()
         with torch.random.fork_rng(devices=[]):      # leaves the caller's random numbers alone
             torch.manual_seed(config["seed"])        # the weights with which the run began
-            self.encoder = AudioJEPA(config["model"]).encoder
-        self.mel = data.LogMel(config["seconds"])
+            self.vit = AudioJEPA(config["size"], config["positions"], config["targets"]).encoder
+        self.mel = LogMel(config["seconds"])
         self.config = config
-        self.column_samples = data.PATCH * self.mel.hop
-        self.window_samples = data.COLUMNS * self.column_samples   # the length of a training clip
-        self.output_dim = data.ROWS * self.encoder.norm.weight.numel()
-        self.hop_seconds = self.column_samples / data.SAMPLE_RATE
-
-    def embed(self, spectrograms):
-        """Log-mel spectrograms (B, M, T) of a window each -> embeddings (B, T', D')."""
-        device = spectrograms.device.type
-        amp = find_amp(device)
-        with torch.autocast(device, DTYPES[amp], enabled=amp != "off"):
-            return data.to_columns(self.encoder(data.patchify(spectrograms)).float())
+        self.column_samples = PATCH * self.mel.hop
+        self.output_dim = ROWS * self.vit.norm.weight.numel()
+        self.hop_seconds = self.column_samples / SAMPLE_RATE
 
     def forward(self, waveform, sample_rate):
-        """Floats (S,) or (B, S) at `sample_rate` Hz -> (B, T', D'), for all columns with sound.
-        Long audio goes through in windows that know nothing of one another. Raises InputError."""
+        """Floats (S,) or (B, S) at `sample_rate` Hz -> embeddings (B, T', D'). Long waveforms are
+        cut into windows of the length of a training clip, which do not see one another. Raises
+        UserError."""
         waveform = torch.atleast_2d(torch.as_tensor(waveform))
-        if (waveform.ndim > 2 or waveform.numel() == 0 or len(waveform) > waveform.shape[1]
+        if (waveform.ndim > 2 or not 0 < len(waveform) <= waveform.shape[1]
                 or not waveform.is_floating_point()
-                or not waveform.abs().max() < 1e4):              # NaN fails any comparison
-            raise InputError("a waveform has finite floats, about -1 to 1, and the shape (samples,)"
-                             " or (clips, samples); average channels by waveform.mean(1). This is "
-                             f"{waveform.dtype} {[*waveform.shape]}")
-        if self.mel.mean.dtype != torch.float32 or sample_rate != int(sample_rate):
-            raise InputError("the encoder must stay in float32, which logarithms need (mixed "
-                             "precision is on by itself), and the rate must be a whole number")
-        waveform = data.resampler(int(sample_rate))(waveform.float().cpu())
-        padded = F.pad(waveform, (0, -waveform.shape[1] % self.window_samples))
-        windows = rearrange(padded, "b (w s) -> (b w) s", s=self.window_samples)
-        embeddings = torch.cat([self.embed(self.mel(part.to(self.mel.mean.device)))
-                                for part in windows.split(WINDOWS_AT_ONCE)])
-        embeddings = rearrange(embeddings, "(b w) t d -> b (w t) d", b=len(waveform))
-        return embeddings[:, :math.ceil(waveform.shape[1] / self.column_samples)]
+                or not waveform.abs().max() < MAX_PEAK):         # NaN fails every comparison
+            raise UserError("a waveform holds floats of about -1 to 1, shape (samples,) or (clips, "
+                            f"samples); this one is {waveform.dtype} {[*waveform.shape]}")
+        waveform = resampler(int(sample_rate))(waveform.float().cpu()).to(self.mel.mean.device)
+        n_columns = math.ceil(waveform.shape[1] / self.column_samples)
+        padded = F.pad(waveform, (0, -waveform.shape[1] % self.mel.clip_samples))
+        windows = rearrange(padded, "b (w s) -> (b w) s", s=self.mel.clip_samples)
+        amp = find_amp(windows.device.type)
+        with torch.autocast(windows.device.type, DTYPES[amp], enabled=amp != "off"):
+            columns = torch.cat([to_columns(self.vit(patchify(self.mel(part))).float())
+                                 for part in windows.split(WINDOWS_AT_ONCE)])
+        return rearrange(columns, "(b w) t d -> b (w t) d", b=len(waveform))[:, :n_columns]
 
 
 def load_encoder(path, trained=True):
     """The target encoder of a checkpoint, or the untrained encoder with which its run began, on the
-    CPU, frozen. Raises InputError."""
+    CPU, frozen. Raises UserError."""
     checkpoint = load_checkpoint(path)
     encoder = FrozenEncoder(checkpoint["config"])
     encoder.mel.load_state_dict(checkpoint["mel"])
+    encoder.step = checkpoint["step"] if trained else 0
     if trained:
-        encoder.encoder.load_state_dict(checkpoint["target_encoder"])
+        encoder.vit.load_state_dict(checkpoint["target_encoder"])
     return encoder.requires_grad_(False).eval()
 
 
 # ---- features ----------------------------------------------------------------------------------
 
 
-def batches_of_windows(source, indices, n_samples):
-    """Yield lists of the windows of clips, one clip after another, as (index of the clip, waveform
-    (S,), samples before the padding). Prints which clips cannot be read, or only in part."""
-    windows = []
-    for index in indices:
-        try:
-            for window in source.windows(index, n_samples):
-                windows.append((index, F.pad(window, (0, n_samples - len(window))), len(window)))
-                if len(windows) == WINDOWS_AT_ONCE:
-                    yield windows
-                    windows = []
-        except InputError as error:
-            print(f"unusable from here on: {source.name(index)}: {error}", flush=True)
-    if windows:
-        yield windows
+def pool(x):
+    """Mean and standard deviation over time: (B, time, features) -> (B, 2 features)."""
+    std, mean = torch.std_mean(x, dim=1, correction=0)
+    return torch.cat([mean, std], dim=1)
 
 
 @torch.no_grad()
 def compute_features(source, indices, encoders):
-    """One vector for each clip: the mean and the standard deviation over the time in which it holds
-    sound. Clips are read by windows, so that memory does not grow with their length.
+    """One vector per clip: its embeddings, pooled over time. Prints the clips that cannot be read.
 
-    encoders: {name: FrozenEncoder}, of one checkpoint. Returns {name: {index: (2 D',)}}, without
-    the clips that cannot be read; under "log-mel" are those of the spectrogram itself, (2 M,).
-    Raises InputError if the encoders do not hear the same log-mel."""
-    encoder = next(iter(encoders.values()))
-    if len({(each.mel.hop, each.mel.mean.item(), each.mel.std.item())
-            for each in encoders.values()}) > 1:
-        raise InputError("the encoders are of several checkpoints; compute their features apart")
-    features, sums = collections.defaultdict(dict), {}           # sums over time of 1, x and x ** 2
-
-    def finish(open_clip=None):
-        """Turn the sums of all clips but `open_clip`, whose windows are not over, into features."""
-        for name, index in [key for key in sums if key[1] != open_clip]:
-            n, total, squares = sums.pop((name, index))
-            mean = total / n
-            std = (squares / n - mean ** 2).clamp(min=0).sqrt()
-            features[name][index] = torch.cat([mean, std]).float()
-
-    for windows in batches_of_windows(source, indices, encoder.window_samples):
-        clips, waveforms, samples = zip(*windows, strict=True)
-        spectrograms = encoder.mel(torch.stack(waveforms).to(encoder.mel.mean.device))
-        series = {"log-mel": spectrograms.mT}
-        series |= {name: each.embed(spectrograms) for name, each in encoders.items()}
-        for name, batch in series.items():           # (B, frames or T', features)
-            batch = batch.double().cpu()             # for the squares
-            for index, x, n in zip(clips, batch, samples, strict=True):
-                x = x[:math.ceil(len(x) * n / encoder.window_samples)]
-                new = torch.stack([torch.ones_like(x), x, x ** 2]).sum(1)
-                sums[name, index] = sums.get((name, index), 0) + new
-        finish(open_clip=clips[-1])
-    finish()
-    return features
+    encoders: {name: FrozenEncoder} of one checkpoint. Returns the positions in `indices` of the
+    clips that were read, and {name: (clips, 2 D')}, with the log-mel (clips, 2 M) in addition.
+    Raises UserError if no clip can be read."""
+    mel = next(iter(encoders.values())).mel
+    read, features = [], {name: [] for name in ("log-mel", *encoders)}
+    for i, index in enumerate(indices):
+        series = {name: [] for name in features}
+        try:
+            for piece in source.windows(index, WINDOWS_AT_ONCE * mel.clip_samples):
+                series["log-mel"].append(mel(piece[None].to(mel.mean.device)).mT)
+                for name, encoder in encoders.items():
+                    series[name].append(encoder(piece, SAMPLE_RATE))
+        except UserError as error:
+            how = "cut short" if series["log-mel"] else "skipped"
+            print(f"{how} {source.name(index)!r}: {error}", flush=True)
+        if series["log-mel"]:
+            read.append(i)
+            for name, pieces in series.items():
+                features[name].append(pool(torch.cat(pieces, dim=1))[0].cpu())
+    if not read:
+        raise UserError("no clip can be read")
+    return read, {name: torch.stack(vectors) for name, vectors in features.items()}
 
 
 # ---- the two probes ----------------------------------------------------------------------------
 
 
+def standardize(known, asked):
+    """Scale features (n, features) and (m, features) so that each has mean 0 and standard deviation
+    1 over the first set. A feature that hardly varies there counts as varying a little: it would
+    drown the others if it varied in the second set (a band above 4 kHz, in recordings of 8 kHz)."""
+    std = known.std(0, correction=0)
+    std = std.clamp(min=(0.05 * std.median()).clamp(min=1e-6))
+    return (known - known.mean(0)) / std, (asked - known.mean(0)) / std
+
+
+def knn_scores(known, labels, asked):
+    """Votes (m, classes) of the 10 features in `known` (n, features) that are nearest by cosine to
+    each of `asked` (m, features), weighted by softmax(similarity / 0.07).
+    Source: X-ARES, 2505.16369."""
+    similarity = F.normalize(asked, dim=1) @ F.normalize(known, dim=1).T            # (m, n)
+    nearest, indices = similarity.topk(min(10, len(known)))
+    return ((nearest / 0.07).softmax(1)[..., None] * labels[indices]).sum(1)
+
+
 def binary_cross_entropy(scores, labels):
-    """The loss for several labels a clip: a mean over clips, but a sum over classes."""
+    """The loss for several labels per clip: mean over clips, sum over classes."""
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / len(labels)
 
 
-def linear_scores(train, labels, test, l2, loss_function):
-    """Fit one linear layer to features (n, features) with labels (n, classes); scores (m, classes)
-    of `test`. Minimises loss + l2 / 2 * |weights|^2 on standardised features, by L-BFGS."""
-    train, test = standardize(train, test)
-    # The best weights are sums of training clips, so a fit in the span of the clips is enough.
-    basis = torch.linalg.qr(train.T).Q               # (features, at most n)
-    train, test = train @ basis, test @ basis
-    weights = torch.zeros(labels.shape[1], train.shape[1], requires_grad=True)
+def linear_scores(known, labels, asked, l2, loss_function):
+    """Fit one linear layer to standardised features (n, features) with labels (n, classes), by
+    L-BFGS on loss + l2 / 2 * |weights|^2. Returns the scores (m, classes) of `asked`."""
+    # With L2, the optimum lies in the span of the training features, so the fit happens there.
+    basis = torch.linalg.qr(known.T).Q               # (features, at most n)
+    known, asked = known @ basis, asked @ basis
+    weights = torch.zeros(labels.shape[1], known.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        scores = F.linear(train, weights, bias)
+        scores = F.linear(known, weights, bias)
         loss = loss_function(scores, labels) + l2 / 2 * weights.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return F.linear(test, weights, bias).detach()
+    return F.linear(asked, weights, bias).detach()
+
+
+def accuracy(scores, labels):
+    """The share of clips whose highest score (n, classes) is that of their class."""
+    return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
 
 
 def mean_average_precision(scores, labels):
-    """The mean over classes of the average precision at the clips that have the class. Clips of the
-    same score share a rank. Source: AudioSet (arXiv 1609.09430), section 4."""
+    """Mean over classes of the average precision. Clips with the same score share a rank.
+    Source: AudioSet (arXiv 1609.09430), section 4."""
     precisions = []
     for score, truth in zip(scores.T, labels.T.double(), strict=True):
         if truth.any():
@@ -198,96 +235,118 @@ def mean_average_precision(scores, labels):
     return torch.stack(precisions).mean().item()
 
 
-def evaluate(features, labels, rounds):
-    """Both probes in every round: {'linear': [score a round], 'kNN': [score a round]}."""
-    several = bool((labels.sum(1) != 1).any())       # labels a clip
-    metric = mean_average_precision if several else accuracy
-    loss = binary_cross_entropy if several else F.cross_entropy
-    results = {"linear": [], "kNN": []}
+def evaluate(features, labels, rounds, several):
+    """Both probes on features (n, features) with labels (n, classes) in every round: two lists of
+    scores, linear and kNN. several: whether clips have several labels (mAP, else accuracy)."""
+    metric, loss = ((mean_average_precision, binary_cross_entropy) if several
+                    else (accuracy, F.cross_entropy))
+    linear, knn = [], []
     for train, valid, test in rounds:
         losses = {}                                  # finer than scores, which tie on few clips
         for l2 in L2_STRENGTHS:
-            scores = linear_scores(features[train], labels[train], features[valid], l2, loss)
+            known, asked = standardize(features[train], features[valid])
+            scores = linear_scores(known, labels[train], asked, l2, loss)
             losses[l2] = loss(scores, labels[valid])
-        l2, both = min(losses, key=losses.get), torch.cat([train, valid])
-        scores = linear_scores(features[both], labels[both], features[test], l2, loss)
-        results["linear"].append(metric(scores, labels[test]))
+        both = torch.cat([train, valid])
         known, asked = standardize(features[both], features[test])
-        scores = knn_scores(known, labels[both], asked)
-        results["kNN"].append(metric(scores, labels[test]))
-    return results
+        scores = linear_scores(known, labels[both], asked, min(losses, key=losses.get), loss)
+        linear.append(metric(scores, labels[test]))
+        knn.append(metric(knn_scores(known, labels[both], asked), labels[test]))
+    return linear, knn
 
 
-def make_rounds(labels, folds):
+@torch.no_grad()
+def knn_of_orders(mel, vit, n=240):
+    """kNN accuracy of an encoder on n built-in sounds, for the log of a training: one half is the
+    reference set, the other is classified."""
+    source = BuiltInSounds(mel.clip_samples)
+    clips = torch.stack([next(source.windows(i, mel.clip_samples)) for i in range(n)])
+    patches = patchify(mel(clips.to(mel.mean.device)))
+    columns = torch.cat([to_columns(vit(part)).float() for part in patches.split(32)])
+    known, asked = standardize(*pool(columns.cpu()).chunk(2))
+    labels = F.one_hot(torch.tensor([source.label(i) for i in range(n)])).float()
+    return accuracy(knn_scores(known, labels[:n // 2], asked), labels[n // 2:])
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+def one_hot(names):
+    """Label names per clip -> labels (n, classes), and the names of the classes."""
+    classes = sorted({name for each in names for name in each})
+    return torch.tensor([[float(name in each) for name in classes] for each in names]), classes
+
+
+def make_rounds(labels, parts):
     """Rounds of evaluation as (train, valid, test) clip indices: one for a given split, else one
-    for each fold. `valid` chooses the regularisation; if it is not given, it is a tenth of the
-    clips that are not for testing. Raises InputError."""
-    kinds = set(folds)
-    is_split = bool(kinds & {*SPLITS.values()})
-    if None in kinds and len(kinds) > 1 or is_split and not (
-            {"train", "test"} <= kinds <= {*SPLITS.values()}):
-        raise InputError("every clip needs a fold, or every clip a split of train, valid or test; "
-                         f"here are {', '.join(sorted(map(str, kinds)))}")
+    for each fold. `valid` chooses the L2 strength; if it is not given, it is a tenth of the clips
+    that are not for testing.
+
+    parts: the fold or split of every clip; all None: five random folds with equal shares of each
+    class. Raises UserError if a round lacks clips or classes."""
+    kinds, splits = set(parts), {*SPLITS.values()}
+    is_split = bool(kinds & splits)
+    if None in kinds and len(kinds) > 1 or is_split and not {"train", "test"} <= kinds <= splits:
+        raise UserError("every clip needs a fold, or every clip a split of train, valid or test; "
+                        f"here are {', '.join(sorted(map(str, kinds)))}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    if len(kinds) == 1:                              # none given: deal out each class to five folds
+    if kinds == {None}:
         by_class = order[labels[order].argmax(1).argsort(stable=True)]
-        folds = (by_class.argsort() % 5).tolist()    # the place of each clip in by_class
+        parts = (by_class.argsort() % 5).tolist()    # the place of each clip in by_class
     rounds = []
-    for name in ["test"] if is_split else sorted(set(folds)):
-        test = torch.tensor([folds[i] == name for i in order.tolist()])
+    for name in ["test"] if is_split else sorted(set(parts)):
+        test = torch.tensor([parts[i] == name for i in order.tolist()])
         rest = order[~test]
-        valid = torch.tensor([folds[i] == "valid" for i in rest.tolist()])
+        valid = torch.tensor([parts[i] == "valid" for i in rest.tolist()])
         if not valid.any():
             valid = torch.arange(len(rest)) % 10 == 0
         rounds.append((rest[~valid], rest[valid], order[test]))
-        if min(map(len, rounds[-1])) == 0:
-            raise InputError("too few clips to train on, to choose by and to test on")
+        if min(map(len, rounds[-1])) == 0 or labels.shape[1] < 2:
+            raise UserError("too few clips or classes to train on, to choose by and to test on")
         unseen = (labels[order[test]].any(0) & ~labels[rest].any(0)).sum()
         if unseen:
             print(f"warning: {unseen} classes of test fold {name} have no clip to train on")
     return rounds
 
 
-# ---- labels ------------------------------------------------------------------------------------
+def compose(text):
+    """A Mac may store an accented letter as two characters (NFD); this makes it one (NFC)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def read_csv(path, columns, header=None):
-    """The rows of a CSV file as dicts. Raises InputError if a row lacks one of `columns`. header:
-    the names of the columns, for a file that begins with comments."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = [line for line in file if not (header and line.startswith("#"))]
+    """The rows of a CSV file as dicts. header: the names of the columns, for a file that has only
+    comments above its rows. Raises UserError if a row lacks one of `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [compose(line) for line in file if not (header and line.startswith("#"))]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8; save it in that encoding ({error})") from error
     rows = list(csv.DictReader(lines, header, skipinitialspace=True))
     for row in rows:
         if any(row.get(column) is None for column in columns):
-            raise InputError(f"{path}: no column {' or '.join(columns)} in {row}")
+            raise UserError(f"{path}: no column {' or '.join(columns)} in {row}")
     return rows
 
 
-def from_audioset(tables):
-    """AudioSet's official CSVs -> rows of (YTID, labels, split). If class_labels_indices.csv is
-    there, only its classes count. Raises InputError if only one of the two is there."""
-    classes, rows = tables.get("class_labels_indices.csv"), []
-    wanted = {row["mid"] for row in read_csv(classes, ["mid"])} if classes else None
-    for name, split in AUDIOSET.items():
-        if name not in tables:
-            raise InputError(f"of AudioSet's tables {' and '.join(AUDIOSET)}, one is not there")
-        for row in read_csv(tables[name], ["labels"], ["YTID", "start", "end", "labels"]):
-            labels = [x for x in row["labels"].split(",") if wanted is None or x in wanted]
-            rows.append((row["YTID"], labels, split))
-    return rows
+def from_audioset(folder):
+    """AudioSet's official CSVs -> rows of (YTID, labels, split)."""
+    header = ["YTID", "start", "end", "labels"]
+    return [(row["YTID"], row["labels"].split(","), split) for name, split in AUDIOSET.items()
+            for row in read_csv(os.path.join(folder, name), header[3:], header)]
 
 
 def from_table(path):
-    """A CSV with columns filename, category (several labels with `;` between them), and perhaps
-    split or fold -> rows of (name, labels, fold or split or None)."""
+    """A CSV with columns filename, category (several labels separated by `;`), and perhaps split or
+    fold -> rows of (name, labels, fold or split or None)."""
     rows = []
     for row in read_csv(path, ["filename", "category"]):
-        split, fold = (row.get("split") or "").strip().lower(), (row.get("fold") or "").strip()
-        if split and split not in SPLITS:
-            raise InputError(f"{path}: the split {split!r}; it can be {', '.join(SPLITS)}")
         labels = [label.strip() for label in row["category"].split(";") if label.strip()]
-        rows.append((row["filename"], labels,
-                     SPLITS.get(split) or fold.removesuffix(".0") or None))
+        split, fold = ((row.get(column) or "").strip() for column in ("split", "fold"))
+        if split and split.lower() not in SPLITS:
+            raise UserError(f"{path}: the split {split!r}; it can be {', '.join(SPLITS)}")
+        part = split or fold.removesuffix(".0")      # a spreadsheet may write 1 as 1.0
+        rows.append((row["filename"], labels, SPLITS.get(part.lower(), part) or None))
     return rows
 
 
@@ -297,114 +356,106 @@ def from_folders(files):
     rows = []
     for file in files:
         *folders, _ = file.split(os.sep)
-        is_split = len(folders) > 1 and folders[0].lower() in SPLITS
-        split = SPLITS[folders.pop(0).lower()] if is_split else None
+        split = SPLITS.get(folders[0].lower()) if len(folders) > 1 else None
         if folders:
-            rows.append((file, folders[:1], split))
+            rows.append((file, [folders[1 if split else 0]], split))
     return rows
 
 
-def path_ends(name):
-    """All ends of a path, the longest first, with forward slashes, and without the extension if it
-    is that of an audio file: "a\\b.wav" -> ["a/b", "b"]."""
-    name, extension = os.path.splitext(name.replace("\\", "/"))
-    if os.fsencode(extension.lower()) not in data.EXTENSIONS:
-        name += extension
-    folders = name.split("/")
-    return ["/".join(folders[i:]) for i in range(len(folders))]
+def stem(path):
+    """A path without the extension of an audio file, if it has one."""
+    root, extension = os.path.splitext(path)
+    return root if os.fsencode(extension.lower()) in EXTENSIONS else path
 
 
 def match(rows, files, is_audioset):
-    """Rows of (name, labels, fold) -> {file: (labels, fold)}. A name stands for the one file whose
-    path it is, or the end of whose path it is, or whose path is its end; AudioSet's for the one
-    that begins with it, or with Y and it. Raises InputError."""
-    by_end, table = collections.defaultdict(set), {}
-    wholes = {path_ends(file)[0] for file in files}
-    for file in files:
-        *_, base = ends = path_ends(file)
-        for end in ends + is_audioset * [base[:11], base.removeprefix("Y")[:11]]:
-            by_end[end].add(file)
-    for name, labels, fold in rows:
-        whole, *ends = path_ends(name)
-        end = whole if whole in by_end else next((end for end in ends if end in wholes), None)
-        found = {name} & files.keys() or by_end.get(end, set())
-        if len(found) > 1 or found & table.keys():
-            raise InputError(f"the label of {name!r}: it stands for several files or rows")
-        table |= {file: (labels, fold) for file in found if labels}
-    return table
+    """Rows of (name, labels, part) -> {index: (labels, part)}. A row names a file by its path in
+    the folder, or else by its base name, with or without extension. AudioSet names it by the start
+    of its base name, with or without a leading Y.
+
+    files: {path: index}. Raises UserError if a name fits several files, or a file several rows."""
+    by_path, by_base, matched = (collections.defaultdict(set), collections.defaultdict(set), {})
+    for path, index in files.items():
+        base = os.path.basename(path)
+        for name in (path, stem(path)):
+            by_path[name].add(index)
+        for name in (base[:11], base.removeprefix("Y")[:11]) if is_audioset else (base, stem(base)):
+            by_base[name].add(index)
+    for name, labels, part in rows:
+        found = next((table[key] for table in (by_path, by_base) for key in (name, stem(name))
+                      if key in table), set())
+        if len(found) > 1 or matched.keys() & found:
+            raise UserError(f"the label of {name!r} fits several files, or its file several rows")
+        matched |= {index: (labels, part) for index in found if labels}
+    return matched
 
 
-def load_labelled(folder):
-    """The source of the clips, the index there of each labelled one, its labels, and its fold,
-    split or None. Says which labels it took. Raises InputError."""
-    if folder is None:
-        source = data.BuiltInSounds()
+def load_labelled(folder, clip_samples):
+    """Returns the source of the clips, the indices of those with labels, and for each of these its
+    labels and its part (a fold, a split or None). Prints which labels were used. Raises UserError.
+    """
+    source = open_source(folder, clip_samples)
+    if folder is None:                               # the built-in sounds
         labels = [[str(source.label(i))] for i in range(len(source))]
         return source, [*range(len(source))], labels, ["train"] * 1920 + ["test"] * 480
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: not a folder; name one with labelled audio by --data")
-    source = data.AudioFiles(folder)
-    files = {os.fsdecode(bytes(path)): i for i, path in enumerate(source.paths)}
-    tables, here = {}, glob.escape(folder)
-    for path in glob.glob(f"{here}/*.csv") + glob.glob(f"{here}/*/*.csv"):
-        name = os.path.basename(path)
-        if name in tables and name in ("labels.csv", "esc50.csv", *AUDIOSET):
-            raise InputError(f"{tables[name]} and {path}: name the folder of one of them by --data")
-        tables[name] = path
-    taken = tables.get("esc50.csv") or tables.get("labels.csv")
-    if is_audioset := not tables.keys().isdisjoint(AUDIOSET):
-        taken, rows = "AudioSet's tables", from_audioset(tables)
-    elif taken:
-        rows = from_table(taken)
-    else:
-        taken, rows = "names of folders", from_folders(files)
-    table = match(rows, files, is_audioset)
-    if not table:
-        raise InputError(f"{folder}: no label fits an audio file (the README lists the layouts); "
-                         f"tried {taken}, such as {[*rows[:1]]}, on files such as "
-                         f"{next(iter(files))!r}")
-    labels, folds = map(list, zip(*table.values(), strict=True))
-    classes = sorted({label for each in labels for label in each})
-    print(f"labels from {taken}: {len(table):,} clips, {len(classes)} classes "
-          f"({', '.join(classes[:4])}{', ...' * (len(classes) > 4)}); {len(files) - len(table):,} "
-          f"files without a label, {len(rows) - len(table):,} rows without a file or a class")
-    return source, [files[file] for file in table], labels, folds
+    files = {compose(source.name(i)): i for i in range(len(source))}
+    tables = ("labels.csv", "esc50.csv", "meta/esc50.csv", *AUDIOSET)
+    used = next((name for name in tables if os.path.exists(os.path.join(folder, name))), None)
+    rows = (from_folders(files) if used is None else from_audioset(folder) if used in AUDIOSET
+            else from_table(os.path.join(folder, used)))
+    matched, used = match(rows, files, used in AUDIOSET), used or "folder names"
+    if not matched:
+        raise UserError(f"{folder}: no label fits an audio file; labels from {used}, such as "
+                        f"{rows[:1]}; files such as {next(iter(files))!r}")
+    labels, parts = map(list, zip(*matched.values(), strict=True))
+    classes = one_hot(labels)[1]
+    print(f"labels from {used}: {len(matched):,} clips, {len(classes)} classes "
+          f"({', '.join(classes[:4])}{', ...' * (len(classes) > 4)}); "
+          f"{len(files) - len(matched):,} files without a label, "
+          f"{len(rows) - len(matched):,} rows without a file or a class")
+    if len({name.lower() for name in classes}) < len(classes):
+        print("warning: some classes differ only in upper and lower case")
+    if {*parts} == {None}:
+        print("warning: no folds or splits are given. Clips of one speaker or device can be on both"
+              " sides of the random folds, and scores far too high.")
+    return source, [*matched], labels, parts
 
 
 # ---- the command -------------------------------------------------------------------------------
 
 
 def run_probe(args):
-    """What the command does; prints the table. Raises InputError."""
-    if args.json and (os.path.exists(args.json)
-                      or not os.access(os.path.dirname(args.json) or ".", os.W_OK)):
-        raise InputError(f"--json {args.json}: choose a new file in a folder to write to")
+    """What the command does. Raises UserError."""
+    if args.vectors and (os.path.exists(args.vectors) or
+                         not os.path.isdir(os.path.dirname(args.vectors) or ".")):
+        raise UserError(f"--vectors {args.vectors}: choose a new file in an existing folder")
     device = find_device(args.device)
     encoders = {"untrained": load_encoder(args.checkpoint, trained=False).to(device),
                 "trained": load_encoder(args.checkpoint).to(device)}
-    folder = args.data or encoders["trained"].config["data"]
-    source, indices, names, folds = load_labelled(folder)
-    features = compute_features(source, indices, encoders)
-    read = [i for i, index in enumerate(indices) if index in features["trained"]]
-    classes = sorted({name for i in read for name in names[i]})
-    if len(classes) < 2:
-        raise InputError("fewer than two classes have a clip that can be read")
-    labels = torch.tensor([[float(name in names[i]) for name in classes] for i in read])
-    rounds = make_rounds(labels, [folds[i] for i in read])
-    results = {name: evaluate(torch.stack([vectors[indices[i]] for i in read]), labels, rounds)
-               for name, vectors in features.items()}
-    metric = "mAP" if (labels.sum(1) != 1).any() else "accuracy"
-    print(f"{len(labels):,} clips, {len(classes)} classes, {labels.mean(0).max():.0%} of the clips "
-          f"have the largest; {metric} in %, mean +- deviation over {len(rounds)} round(s)\n"
-          f"{'':10}{'linear':>14}{'kNN':>14}")
-    for name, scores in results.items():
+    encoder = encoders["trained"]
+    print(f"{args.checkpoint}: step {encoder.step:,} of {encoder.config['steps']:,}")
+    if encoder.step == 0:
+        print("warning: this encoder is untrained")
+    folder = args.data or encoder.config["data"]
+    if args.vectors:
+        source = open_source(folder, encoder.mel.clip_samples)
+        read, features = compute_features(source, range(len(source)), {"trained": encoder})
+        with open(args.vectors, "xb") as file:
+            np.savez(file, names=[source.name(i) for i in read], vectors=features["trained"])
+        return
+    source, indices, names, parts = load_labelled(folder, encoder.mel.clip_samples)
+    make_rounds(one_hot(names)[0], parts)            # refuses before the features take an hour
+    read, features = compute_features(source, indices, encoders)
+    labels, classes = one_hot([names[i] for i in read])
+    rounds = make_rounds(labels, [parts[i] for i in read])
+    several = bool((labels.sum(1) != 1).any())       # labels per clip
+    print(f"{len(labels):,} clips, {len(classes)} classes, the largest with "
+          f"{labels.mean(0).max():.0%} of the clips; {'mAP' if several else 'accuracy'} in %, mean "
+          f"+- standard deviation over {len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
+    for name, x in features.items():
         print(f"{name:10}" + "".join(
-            f"{100 * torch.tensor(x).mean():7.1f} +- "
-            f"{100 * torch.tensor(x).std(correction=0):3.1f}" for x in scores.values()))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"checkpoint": args.checkpoint, "data": folder, "results": results}, file,
-                      indent=1, allow_nan=False)
+            f"{100 * np.mean(scores):7.1f} +- {100 * np.std(scores):3.1f}"
+            for scores in evaluate(x, labels, rounds, several)), flush=True)
 
 
 def main(argv=None):
@@ -413,12 +464,12 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", help="labelled audio; without it, the data of the training")
+    parser.add_argument("--vectors", metavar="FILE", help="write a vector per file there, and exit")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
-    sys.stdout.reconfigure(errors="backslashreplace")            # names need not be valid UTF-8
+    make_output_printable()
     try:
         run_probe(parser.parse_args(argv))
-    except (InputError, OSError, csv.Error) as error:
+    except (UserError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
