@@ -1013,3 +1013,95 @@ def test_vectors_of_a_folder_without_labels(run, recordings, tmp_path):
     assert table["vectors"].shape == (12, 2 * encoder.output_dim)
     waveform = next(data.AudioFiles(tmp_path).windows(5, 10 * N))    # "bad.wav" is file 0
     assert np.allclose(table["vectors"][4], probe.pool(encoder(waveform, 32_000))[0], atol=1e-5)
+
+
+# ---- the README and the commands ---------------------------------------------------------------
+
+with open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8") as readme:
+    README = readme.read()
+
+
+def test_the_snippets_of_the_readme_run_as_they_stand(run, recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hour.pt").symlink_to(run.path)
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "recordings/more").symlink_to(recordings)
+    write_tone(tmp_path / "recordings/a.wav", channels=2)
+    for given in re.findall(r"python probe\.py (hour.pt .*--vectors.*)", README):
+        assert probe.main(given.split()) == 0
+    words = "arabic-speech-commands-dataset/dataset/{}/0000000{}_NO_0{}.wav"
+    digits = "free-spoken-digit-dataset/recordings/{}_{}_0.wav"
+    for path in ["sonic-pi/etc/samples/drum.flac", "ESC-50/audio/1-a.wav", "ESC-50/audio/2-b.wav",
+                 *(digits.format(i, name) for i in range(3) for name in ("ann", "bob", "cyd")),
+                 *(words.format(word, i, take) for word in ("go", "up") for i in (1, 2, 3, 4, 5, 6)
+                   for take in (1, 2, 4))]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "ESC-50/meta").mkdir()
+    (tmp_path / "ESC-50/meta/esc50.csv").write_text(
+        "filename,fold,category,esc10\n1-a.wav,1,dog,True\n2-b.wav,2,cat,False\n")
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(snippet, names)
+    waveform = torch.randn(2, N)
+    assert torch.equal(names["AudioJEPAEncoder"]()(waveform), names["encoder"](waveform, 32_000))
+    assert len(names["similarity"]) == 13 and names["similarity"].argmax() == 0
+    assert names["embeddings"].shape == (1, 13, 512)             # 0.5 s
+    tables = {folder: {row["filename"]: (row["category"], row["fold"]) for row in read_rows(
+        f"{folder}/labels.csv")} for folder in ("hour/digits", "hour/esc10", "words")}
+    assert tables["hour/digits"]["2-2_cyd_0.wav"] == ("2", "3") and len(tables["hour/digits"]) == 9
+    assert tables["hour/esc10"] == {"dog-1-a.wav": ("dog", "1")} and len(tables["words"]) == 8
+    assert tables["words"]["go-00000004_NO_01.wav"] == ("go", "3")
+
+
+def test_the_diagram_and_the_commands_of_the_readme_name_what_exists():
+    diagram, = re.findall(r"```mermaid\nflowchart(.*?)```", README, re.S)
+    boxes = re.findall(r'[\[(]"(\w+)', diagram)
+    known = {*dir(data), *dir(masking), *dir(model), *dir(model.AudioJEPA), *dir(F), "waveform"}
+    assert len(boxes) > 6 and {*boxes} <= known, {*boxes} - known
+    commands = re.findall(r"python (train|probe)\.py([^`#\n]*)", README)
+    assert len(commands) > 5
+    for script, given in commands:
+        if script == "train" and "--help" not in given:
+            assert {"out", "resume"} & train.parse(given.split()).keys(), "ckpt.pt may exist"
+        else:
+            assert {*re.findall("--[a-z]+", given)} <= {"--data", "--help", "--vectors"}, given
+
+
+def test_the_commands_train_draw_and_probe_from_a_folder_with_odd_names(recordings, tmp_path):
+    odd = tmp_path / "a folder \udcff"
+    odd.mkdir()
+    (odd / "recordings").symlink_to(recordings)
+    (odd / "labels.csv").write_text("filename,category\n" + "".join(
+        f"recordings/{x}/{name},{x}\n" for x in "abc" for name, _ in FORMS))
+    for arguments, code, says in (
+            (["train.py", *flags(size="tiny", steps=3, amp="bf16", data=odd, log_every=2)], 0,
+             "ckpt.pt holds step 3 of 3"),
+            (["train.py"], 1, "train.py: ckpt.pt or its log exists"), (["masking.py"], 0, "?▓"),
+            (["probe.py", "ckpt.pt"], 0, "12 clips"), (["train.py", "--help"], 0, "sounds")):
+        process = command(odd, *arguments, PYTHONIOENCODING="ascii")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code and says in output and "Traceback" not in output, output
+    assert len(read_rows(odd / "ckpt.pt.csv")) == 2
+
+
+def test_the_commands_work_where_print_goes_nowhere_or_into_a_notebook(run, monkeypatch, tmp_path):
+    for stream in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        data.make_output_printable()
+        assert train.main(["--resume", str(run.path), "--data=absent"]) == 1
+        assert probe.main([str(run.path), "--data=absent"]) == 1
+
+
+def test_a_command_that_is_killed_or_stopped_at_any_moment_resumes_exactly(recordings, tmp_path):
+    given = flags(size="tiny", data=recordings, steps=15, workers=1)
+    assert train.main([*given, "--out", str(tmp_path / "whole.pt")]) == 0
+    process = command(tmp_path, "train.py", *given)
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, -15)):
+        assert any(re.match(r" +\d+ +0\.", line) for line in process.stdout), "it reached no step"
+        os.killpg(process.pid, signum)               # as a terminal does: the worker gets it, too
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == code and "Traceback" not in said
+        process = command(tmp_path, "train.py", "--resume", "ckpt.pt")
+    assert "Traceback" not in process.communicate(timeout=300)[0] and process.returncode == 0
+    assert same(outcome(tmp_path / "whole.pt"), outcome(tmp_path / "ckpt.pt"))
