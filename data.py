@@ -46,11 +46,10 @@ class UserError(Exception):
 
 
 class LogMel(nn.Module):
-    """Waveforms (B, S) -> normalised log-mel spectrograms (B, M, T). Waveforms of another length
-    give one frame per hop.
+    """Waveforms (B, S) -> normalised log-mel spectrograms (B, M, T), one frame per hop.
 
-    The bands are evenly spaced on the mel scale (Slaney's formula) from 20 Hz to 16 kHz. A hop is
-    1/256 of a clip, a window 2.5 hops. With 10 s clips a hop is 39 ms, as in the paper."""
+    The bands are evenly spaced on Slaney's mel scale from 20 Hz to 16 kHz. A hop is 1/256 of a
+    clip, a window 2.5 hops. With 10 s clips a hop is 39 ms, as in the paper."""
 
     def __init__(self, seconds):
         super().__init__()
@@ -144,11 +143,9 @@ class AudioFiles:
         return os.fsdecode(bytes(self.paths[index]))
 
     def windows(self, index, n_samples, start=0.0):
-        """Yield consecutive windows (n_samples,) of a file, mono at 32 kHz, up to its end or to a
-        damaged block; the last may be shorter.
-
-        start: position of the first window, from 0 to just under 1, the last one that is whole.
-        Raises UserError if there is nothing to read, or if the samples are not audio."""
+        """Yield consecutive windows (n_samples,) of a file, mono at 32 kHz; the last is short.
+        start: position of the first window, from 0 to just under 1 (the last whole window).
+        Raises UserError where nothing can be read, or where the samples are not audio."""
         try:
             with soundfile.SoundFile(os.path.join(self.root, bytes(self.paths[index]))) as file:
                 resample = resampler(file.samplerate)
@@ -158,7 +155,7 @@ class AudioFiles:
                 samples = file.read(n, "float32", always_2d=True)          # (n, channels)
                 if len(samples) == 0:
                     raise UserError("no samples")
-                while len(samples):
+                while len(samples) > 0:
                     if not np.abs(samples).max() < MAX_PEAK:     # NaN fails every comparison
                         raise UserError(f"samples that are NaN or beyond {MAX_PEAK}")
                     yield resample(torch.from_numpy(samples.mean(axis=1)))[:n_samples]
@@ -168,11 +165,9 @@ class AudioFiles:
 
 
 class BuiltInSounds:
-    """Melodies for a first run, labelled by the order of their four notes.
-
-    A clip repeats one of six orders, in a random key, timbre and tempo, from a random point on. All
-    orders use the same notes, so the time-averaged spectrum does not reveal the order. Clip i is a
-    pure function of i."""
+    """Melodies for a first run, labelled by the order of their four notes. A clip repeats one of
+    six orders, in a random key, timbre and tempo. All orders use the same notes, so the
+    time-averaged spectrum does not reveal the order. Clip i is a pure function of i."""
     timbres = [                                      # {partial: amplitude}, and decay in 1 / s
         ({1: 1.0}, 0), ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
         ({k: k ** -0.5 for k in (1, 3, 5, 7, 9)}, 0), ({k: k ** -0.5 for k in range(1, 11)}, 0)]
@@ -229,12 +224,12 @@ def epoch_order(seed, epoch, n_clips):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Crop i of a run is a pure function of (source, seed, i), so a resumed run sees the same data
-    as an uninterrupted one, with any number of workers. An epoch takes one random crop of every
-    clip, in a new order.
+    """Random crops (S,) of the clips of a source. An epoch takes one crop of every clip, in a new
+    order. Crop i is a pure function of (source, seed, i), so a resumed run sees the same data as an
+    uninterrupted one, with any number of workers.
 
-    A file shorter than a crop is followed by random other files with probability 1/2, else by
-    silence. With silence alone the encoder mostly learns where the sound ends."""
+    A short clip is followed by random other clips with probability 1/2, else by silence. With
+    silence alone the encoder mostly learns where the sound ends."""
 
     def __init__(self, source, n_samples, seed):
         self.source, self.n_samples, self.seed, self.reported = source, n_samples, seed, set()
@@ -295,6 +290,6 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
 
 
 def make_output_printable():
-    """Let print() write any text to a terminal or pipe, such as file names that are not UTF-8."""
-    if hasattr(sys.stdout, "reconfigure"):           # not so in a notebook, or if stdout is closed
+    """Let print() write any file name, to any terminal or pipe."""
+    if hasattr(sys.stdout, "reconfigure"):           # not in a notebook, nor if stdout is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

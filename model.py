@@ -1,9 +1,8 @@
 """Chapter 3, the model: encoder, predictor, target encoder and loss.
 
 A joint-embedding predictive architecture (JEPA) predicts features of the hidden patches instead of
-their pixels: patches (B, N, E) and masks in, the loss out. data.py explains the letters.
-Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (arXiv 2507.02915), section 2; ViT (arXiv
-2010.11929).
+their pixels. Patches (B, N, E) and masks in, the loss out. data.py explains the letters.
+Sources: I-JEPA (arXiv 2301.08243), section 3; Audio-JEPA (2507.02915), section 2; ViT (2010.11929).
 """
 
 import copy
@@ -94,8 +93,7 @@ def init_weights(module):
 
 class Encoder(nn.Module):
     """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) of the visible ones alone. Hidden
-    patches are left out, as in MAE (arXiv 2111.06377). They cost nothing, and the encoder never
-    sees a mask token, which real inputs do not have."""
+    patches are left out, as in MAE (arXiv 2111.06377), so the encoder never sees a mask token."""
 
     def __init__(self, width, n_layers, positions):
         super().__init__()
@@ -124,9 +122,8 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """A narrow ViT: latents (B, C, D) of the visible patches -> predictions (B, K, D) of the hidden
-    ones. A hidden patch enters as a mask token: one learned vector plus its position.
-
-    It has half the encoder's width and depth, as in the paper, and is discarded after training."""
+    ones. A hidden patch enters as a mask token: one learned vector plus its position. Half the
+    encoder's width and depth, as in the paper; discarded after training."""
 
     def __init__(self, encoder_width, encoder_layers, positions):
         super().__init__()
@@ -158,12 +155,10 @@ class AudioJEPA(nn.Module):
         targets     = normalize(target_encoder(patches))                    no gradient
         loss        = smooth_l1(predictions, targets[hidden])
 
-    The target encoder sees all patches. It is a moving average of the encoder.
-
-    The cheapest solution would be the same target for every clip (collapse). Targets without a
-    gradient cannot be trained towards it (BYOL, arXiv 2006.07733), and the average changes slowly.
-    Targets that encode position but not content remain possible; `spread` and `explained` in the
-    log show both failures."""
+    The target encoder is a moving average of the encoder, and sees all patches. The cheapest
+    solution would be the same target for every clip (collapse). Targets without a gradient cannot
+    be trained towards it (BYOL, arXiv 2006.07733), and the average changes slowly. Targets that
+    encode position but not content remain possible: watch `spread` and `explained` in the log."""
 
     def __init__(self, size, positions, targets):
         super().__init__()
@@ -177,10 +172,9 @@ class AudioJEPA(nn.Module):
         """The targets of all patches, (B, N, D). "last": the target encoder's output, normalised
         over its features, as in I-JEPA's code.
 
-        Not in the paper: "all" sums the outputs of all layers, each normalised over the patches of
-        its clip. This removes what is constant over the clip (level, room) and so trivial to
-        predict. Early layers describe the patch, late ones its context; the sum keeps both. The
-        final norm is left out, because the layers are normalised here.
+        Not in the paper: "all" sums the outputs of all layers (before the final norm), each
+        normalised over the patches of its clip. This removes what is constant over the clip (level,
+        room) and so trivial to predict. Early layers describe the patch, late ones its context.
         Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
         if self.target_layers == "last":
             return normalize(self.target_encoder(patches).float(), dim=2)           # over features

@@ -14,6 +14,7 @@ Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSe
 import argparse
 import collections
 import csv
+import functools
 import math
 import os
 import sys
@@ -34,6 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
 WINDOWS_AT_ONCE = 32                                 # of a clip that go through the encoder
 AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
+compose = functools.partial(unicodedata.normalize, "NFC")    # a Mac splits accents from letters
 SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid",
           "validation": "valid", "test": "test", "testing": "test"}
 
@@ -288,7 +290,7 @@ def make_rounds(labels, parts):
     is_split = bool(kinds & splits)
     if None in kinds and len(kinds) > 1 or is_split and not {"train", "test"} <= kinds <= splits:
         raise UserError("every clip needs a fold, or every clip a split of train, valid or test; "
-                        f"here are {', '.join(sorted(map(str, kinds)))}")
+                        f"these are {', '.join(sorted(map(str, kinds)))}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     if kinds == {None}:
         by_class = order[labels[order].argmax(1).argsort(stable=True)]
@@ -307,11 +309,6 @@ def make_rounds(labels, parts):
         if unseen:
             print(f"warning: {unseen} classes of test fold {name} have no clip to train on")
     return rounds
-
-
-def compose(text):
-    """A Mac may store an accented letter as two characters (NFD); this makes it one (NFC)."""
-    return unicodedata.normalize("NFC", text)
 
 
 def read_csv(path, columns, header=None):
@@ -342,10 +339,7 @@ def from_table(path):
     rows = []
     for row in read_csv(path, ["filename", "category"]):
         labels = [label.strip() for label in row["category"].split(";") if label.strip()]
-        split, fold = ((row.get(column) or "").strip() for column in ("split", "fold"))
-        if split and split.lower() not in SPLITS:
-            raise UserError(f"{path}: the split {split!r}; it can be {', '.join(SPLITS)}")
-        part = split or fold.removesuffix(".0")      # a spreadsheet may write 1 as 1.0
+        part = (row.get("split") or row.get("fold") or "").strip().removesuffix(".0")   # of 1.0
         rows.append((row["filename"], labels, SPLITS.get(part.lower(), part) or None))
     return rows
 

@@ -164,7 +164,7 @@ def test_files_are_found_once_in_order_through_links_and_hidden_ones_are_skipped
 @pytest.mark.parametrize("name, samples, rate, expected", [
     ("eight channels.wav", np.full((6000, 8), 0.5), 192_000, 1000), ("one.wav", [0.5], 32_000, 1),
     ("gsm.wav", np.full(8000, 0.5), 8000, N), ("none.wav", [], 32_000, "no samples"),
-    ("slow.wav", [0.5] * 9, 1, "cannot resample"), ("odd.wav", [0.5] * 9, 44_101, "cannot resample"),
+    ("slow.wav", [0.5] * 9, 1, "cannot resample"), ("odd.wav", [0.5] * 9, 44_101, "cannot res"),
     ("nan.wav", [0.5, math.nan], 32_000, "NaN"), ("inf.wav", [0.5, -math.inf], 32_000, "NaN"),
     ("integers.wav", [3000.0, 0], 32_000, "beyond 100"), ("text.wav", None, 0, "Error opening")])
 def test_a_file_is_either_read_or_refused(tmp_path, name, samples, rate, expected):
@@ -362,7 +362,8 @@ def through_layers(net, tokens, positions, places):
     """What each layer of a net computes from the tokens (n, width) of one clip."""
     outputs, angle = [tokens], angles(tokens.shape[1] // net.layers[0].heads, positions, places)
     for layer in net.layers:
-        outputs.append(layer(outputs[-1][None], torch.stack([angle.cos(), angle.sin()], 1)[None])[0])
+        rotation = torch.stack([angle.cos(), angle.sin()], 1)
+        outputs.append(layer(outputs[-1][None], rotation[None])[0])
     return outputs[1:]
 
 
@@ -705,7 +706,7 @@ def bad(run):
     ("--resume=cut", "not a checkpoint"), ("--resume=pickle", "not a checkpoint"),
     ("--resume=old", "not a checkpoint of this version"), ("--resume=sick", "NaN"),
     *((f"--out=a.pt --{name}=0", "must be positive") for name in (
-        "batch-size", "steps", "seconds", "lr", "log-every", "save-every")),
+        "batch-size", "steps", "seconds", "lr", "save-every")),
     *((f"--out=a.pt --{name}=-1", "must be positive") for name in ("seed", "workers", "warmup")),
     *((f"--resume=half --{name}={value}".replace("batch_", "batch-"), "leave out --")
       for name, value in {**TOY, "recipe": "laptop"}.items()
@@ -772,13 +773,13 @@ def test_features_are_mean_and_std_over_all_windows_of_what_can_be_read(
     source, encoder = data.AudioFiles(tmp_path), probe.load_encoder(run.path)
     encoders = {"untrained": probe.load_encoder(run.path, trained=False), "trained": encoder}
     capsys.readouterr()
-    read, features = probe.compute_features(source, range(8), encoders)
+    read, features = probe.compute_features(source, [6, 7, 0, 3, 5], encoders)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "skipped 'text.wav'" in said[0] and "cut short 'zcut" in said[1]
-    assert read == [0, 1, 2, 3, 4, 5, 7] and all(x.isfinite().all() for x in features.values())
+    assert read == [1, 2, 3, 4] and all(x.isfinite().all() for x in features.values())
     with pytest.raises(data.UserError, match="no clip"):
         probe.compute_features(source, [6], encoders)
-    for row, index in ((0, 0), (3, 3), (5, 5), (6, 7)):
+    for row, index in enumerate((7, 0, 3, 5)):
         windows = [*itertools.islice(source.windows(index, 2 * N), None if index < 7 else 1)]
         series = {"log-mel": torch.cat([encoder.mel(x[None])[0].mT for x in windows])}
         series |= {name: net(torch.cat(windows), 32_000)[0] for name, net in encoders.items()}
@@ -833,7 +834,6 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     ("labels.csv", "filename,category\n0.wav,a\n0,b\n", "several files"),
     ("labels.csv", "filename,category\n1,a\n", "several files"),
     ("labels.csv", "name,category\n0.wav,a\n", "no column filename"),
-    ("labels.csv", "filename,category,split\n0.wav,a,dev\n", "the split 'dev'"),
     ("labels.csv", "filename,category\n0.wav,caf\xe9\n", "not UTF-8"),
     ("eval_segments.csv", "YYYYYYYYYYY, 0, 9, b\n", "balanced_train_segments.csv"),
     ("README.txt", "", "no label fits an audio file")])

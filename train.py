@@ -52,7 +52,9 @@ MACHINE = {                           # --resume may change these
     "workers": (min(16, (os.cpu_count() or 1) - 1), int, "processes that read audio"),
     "log_every": (100, 100, 50, int, "steps between lines of the log"),
     "save_every": (100, 100, 1000, int, "steps between checkpoints")}
-MAY_BE_ZERO = {"ema", "warmup", "seed", "workers"}
+DEFAULTS = {recipe: {name: values[i % len(values)] for name, (*values, _, _)
+                     in (METHOD | MACHINE).items()} for i, recipe in enumerate(RECIPES)}
+MAY_BE_ZERO = ("ema", "warmup", "seed", "workers")
 CROPS_TO_FIT = 256                    # the mean and deviation of the log-mel
 COLLAPSED = 0.1                       # the spread of a healthy run stays above 0.4
 
@@ -160,7 +162,7 @@ class Log:
     """A line on the screen and a row in the CSV file for every `log_every` steps."""
 
     def __init__(self, config):
-        self.config, self.rows, self.header, self.warned = config, [], None, False
+        self.config, self.rows, self.header = config, [], None
         self.start, self.waited, self.clips = time.perf_counter(), 0.0, 0
 
     def next_batch(self, batches):
@@ -180,12 +182,10 @@ class Log:
             print("".join(f"{name:>10}" for name in row))
         print("".join(f"{value:10.3g}" if isinstance(value, float) else f"{value!s:>10}"
                       for value in row.values()), flush=True)
-        if row.get("spread", 1) < COLLAPSED and not self.warned:
-            self.warned = True
-            print("warning: all clips have nearly the same targets. Either the clips are mostly "
-                  "silence (choose a shorter --seconds), or the run has collapsed (try a lower "
-                  "--lr or a larger --batch-size).", flush=True)
         self.rows.append(row | {"left": str(row["left"])})
+        if [old for old in self.rows if old.get("spread", 1) < COLLAPSED] == self.rows[-1:]:
+            print("warning: all clips have nearly the same targets. The run has collapsed (try a "
+                  "lower --lr), or the clips are mostly silence (a shorter --seconds).", flush=True)
         with open(config.out + ".csv", "w", newline="") as file:
             table = csv.DictWriter(file, dict.fromkeys(name for old in self.rows for name in old))
             table.writeheader()
@@ -198,7 +198,7 @@ class Log:
 
 @dataclasses.dataclass
 class Run:
-    """Everything that a run needs and changes."""
+    """The state of a run."""
     config: argparse.Namespace
     crops: Crops
     mel: LogMel
@@ -220,9 +220,7 @@ def set_up(config, checkpoint):
     """A run at its first step, or where a checkpoint left it. Raises UserError."""
     torch.manual_seed(config.seed)                   # for the weights; all else has generators
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
-    # torch.compile may replace attention by cuDNN's, whose gradients can be NaN on Hopper GPUs
-    # (github.com/pytorch/pytorch/issues/196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)      # NaN on Hopper: pytorch/issues/196678
     mel = LogMel(config.seconds).to(config.device)
     source = open_source(config.data, mel.clip_samples)
     jepa = AudioJEPA(config.size, config.positions, config.targets).to(config.device)
@@ -269,12 +267,6 @@ def save(run):
 # ---- the command -------------------------------------------------------------------------------
 
 
-def default(name, recipe):
-    """The value of a setting in a recipe."""
-    *values, _, _ = (METHOD | MACHINE)[name]
-    return values[RECIPES.index(recipe)] if len(values) > 1 else values[0]
-
-
 def parse(argv):
     """The command line -> a dictionary of the settings that were given there."""
     parser = argparse.ArgumentParser(
@@ -284,7 +276,7 @@ def parse(argv):
                         "without --data, else paper on CUDA, laptop elsewhere")
     parser.add_argument("--resume", metavar="CKPT", help="continue this run with its settings")
     for name, (*_, kind, text) in (METHOD | MACHINE).items():
-        values = dict.fromkeys(str(default(name, recipe)) for recipe in RECIPES)
+        values = dict.fromkeys(str(DEFAULTS[recipe][name]) for recipe in RECIPES)
         rule = {"type": kind} if isinstance(kind, type) else {"choices": [*kind]}
         parser.add_argument("--" + name.replace("_", "-"), **rule,
                             help=f"{text} ({', '.join(values)})")
@@ -298,7 +290,7 @@ def resolve(given, resumed):
         checkpoint, device = None, find_device(given.get("device", "auto"))
         recipe = "sounds" if "data" not in given else "paper" if device == "cuda" else "laptop"
         recipe = given.get("recipe", recipe)
-        defaults = {"recipe": recipe} | {name: default(name, recipe) for name in METHOD | MACHINE}
+        defaults = {"recipe": recipe} | DEFAULTS[recipe]
     else:
         checkpoint = load_checkpoint(resumed)
         defaults = checkpoint["config"] | {"out": resumed}
@@ -309,10 +301,9 @@ def resolve(given, resumed):
     config = argparse.Namespace(**(defaults | given | {"device": device}))
     if config.amp == "auto":
         config.amp = find_amp(device)
-    for name, value in vars(config).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1e-9
-        if isinstance(value, (int, float)) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive")
+    if wrong := [name for name, value in vars(config).items() if isinstance(value, (int, float))
+                 and not (value > 0 or value == 0 and name in MAY_BE_ZERO)]:
+        raise UserError(f"{', '.join(wrong)}: must be positive")
     return config, checkpoint
 
 
