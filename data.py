@@ -32,14 +32,15 @@ N_MELS, N_FRAMES = 128, 256           # M, T: the same for clips of any length
 PATCH = 16                            # bands and frames of a patch
 ROWS, COLUMNS = N_MELS // PATCH, N_FRAMES // PATCH      # the grid of patches: frequency x time
 N_PATCHES = ROWS * COLUMNS
-MEL_FLOOR = 1e-6                      # added before the logarithm: the noise of a quiet recording
+MEL_FLOOR = 1e-6                      # added before the logarithm: about the noise of a quiet room
 EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
 PATIENCE = 20                         # failures in a row that stop a run
-MAX_PEAK = 100                        # floats beyond this are not audio of about -1 to 1
+MAX_PEAK = 100                        # larger floats are no audio (-1 to 1), perhaps integers
 
 
 class UserError(Exception):
-    """A problem that the user can solve. The commands print it in one line and exit with code 1."""
+    """A problem that the user can solve. The commands print it in one line and exit with code 1;
+    every function here may raise it."""
 
 
 # ---- from waveforms to patches -----------------------------------------------------------------
@@ -71,7 +72,7 @@ class LogMel(nn.Module):
             spectrum = torch.stft(waveforms, self.n_fft, self.hop, len(self.window), self.window,
                                   pad_mode="constant", return_complex=True)
             power = spectrum.real.square() + spectrum.imag.square()       # (B, frequencies, frames)
-            frames = math.ceil(waveforms.shape[1] / self.hop)  # torch adds one around the end
+            frames = math.ceil(waveforms.shape[1] / self.hop)  # torch returns one extra
             return (self.filters @ power + MEL_FLOOR).log()[..., :frames]
 
     def forward(self, waveforms):
@@ -79,8 +80,7 @@ class LogMel(nn.Module):
 
     def fit(self, waveforms):
         """Set `mean` and `std` from a list of waveforms (any length,)."""
-        values = torch.cat([self.log_mel(x[None].to(self.mean.device)).flatten()
-                            for x in waveforms])
+        values = torch.cat([self.log_mel(x[None].to(self.mean.device)).ravel() for x in waveforms])
         self.mean.copy_(values.mean())
         self.std.copy_(values.std().clamp(min=1e-3))
 
@@ -100,8 +100,8 @@ def to_columns(tokens):
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
-    """A function from (..., samples at `rate` Hz) to (..., samples at 32 kHz). Raises UserError if
-    the kernel would be too large: 44,100 Hz takes 0.1 million weights, 44,101 Hz 1,400 million."""
+    """A module that resamples (..., samples) from `rate` Hz to 32 kHz. Refuses kernels of over 4
+    million weights: 44,100 Hz takes 0.1 million, 44,101 Hz 1,400 million."""
     common = math.gcd(rate, SAMPLE_RATE)
     if rate < 1_000 or rate // common * (SAMPLE_RATE // common) > 4_000_000:
         raise UserError(f"cannot resample {rate} Hz; convert it to {SAMPLE_RATE} Hz")
@@ -143,9 +143,8 @@ class AudioFiles:
         return os.fsdecode(bytes(self.paths[index]))
 
     def windows(self, index, n_samples, start=0.0):
-        """Yield consecutive windows (n_samples,) of a file, mono at 32 kHz; the last is short.
-        start: position of the first window, from 0 to just under 1 (the last whole window).
-        Raises UserError where nothing can be read, or where the samples are not audio."""
+        """Yield consecutive windows (n_samples,) of a file, mono at 32 kHz; the last may be short.
+        start: where the first begins, from 0 (file start) to 1 (the last whole window)."""
         try:
             with soundfile.SoundFile(os.path.join(self.root, bytes(self.paths[index]))) as file:
                 resample = resampler(file.samplerate)
@@ -172,34 +171,30 @@ class BuiltInSounds:
         ({1: 1.0}, 0), ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
         ({k: k ** -0.5 for k in (1, 3, 5, 7, 9)}, 0), ({k: k ** -0.5 for k in range(1, 11)}, 0)]
     orders = np.array([(0, *rest) for rest in itertools.permutations((5, 10, 15))])    # semitones
+    labels = np.arange(2400) % 6                     # of clip i: which order it has
     fingerprint = "built-in sounds"
 
     def __init__(self, clip_samples):
         self.clip_samples = clip_samples
 
     def __len__(self):
-        return 2400
+        return len(self.labels)
 
     def name(self, index):
         return f"clip {index}"
 
-    def label(self, index):
-        """The order of the notes, 0 to 5."""
-        return index % 6
-
     def windows(self, index, n_samples, start=0.0):
-        """Yield the clip as one window. A note lasts 1.1 to 1.5 columns of patches, so notes do not
-        align with the patch grid."""
+        """Yield the clip as one window. A note lasts 1.1 to 1.5 columns, so it crosses patches."""
         rng, time = np.random.default_rng([12, int(index)]), np.arange(self.clip_samples)
         partials, decay = self.timbres[index // 6 % 4]
-        samples = self.clip_samples / COLUMNS * rng.uniform(1.1, 1.5)                # of a note
-        beginning = 4 * samples * rng.random()
-        note, within = np.divmod(time + beginning, samples)
+        note_samples = self.clip_samples / COLUMNS * rng.uniform(1.1, 1.5)
+        offset = 4 * note_samples * rng.random()
+        note, within = np.divmod(time + offset, note_samples)
         note, within = note.astype(int), within / SAMPLE_RATE                        # in seconds
-        pitch = self.orders[self.label(index)][note % 4] + rng.uniform(-3, 3)        # semitones
+        pitch = self.orders[self.labels[index]][note % 4] + rng.uniform(-3, 3)       # semitones
         phase = 2 * np.pi * (300 * 2 ** (pitch / 12)).cumsum() / SAMPLE_RATE         # from 300 Hz
         tone = sum(a * np.sin(k * phase + rng.uniform(0, 6)) for k, a in partials.items())
-        fade = np.minimum(within, samples / SAMPLE_RATE - within).clip(0, 0.005) / 0.005
+        fade = np.minimum(within, note_samples / SAMPLE_RATE - within).clip(0, 0.005) / 0.005
         level = 10 ** rng.uniform(-1, 0, note.max() + 1)[note]                       # of each note
         melody = tone * fade * level * np.exp(-decay * within)
         melody *= 10 ** rng.uniform(-1.6, -0.6) / np.sqrt(np.mean(melody ** 2))
@@ -215,18 +210,15 @@ def open_source(folder, clip_samples):
 # ---- crops and batches -------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)                      # a batch can hold the seam of two epochs
+@functools.lru_cache(maxsize=2)                      # a batch can span two epochs
 def epoch_order(seed, epoch, n_clips):
     """All clips in the random order of one epoch, (n_clips,)."""
-    order = np.arange(n_clips, dtype=np.int32)       # half the memory of int64, in every worker
-    np.random.default_rng([seed, epoch]).shuffle(order)
-    return order
+    return np.random.default_rng([seed, epoch]).permutation(n_clips)
 
 
 class Crops(torch.utils.data.Dataset):
-    """Random crops (S,) of the clips of a source. An epoch takes one crop of every clip, in a new
-    order. Crop i is a pure function of (source, seed, i), so a resumed run sees the same data as an
-    uninterrupted one, with any number of workers.
+    """Random crops (S,) of a source's clips. Each epoch takes one of every clip, in a new order.
+    Crop i depends only on (source, seed, i), so resuming is exact, with any number of workers.
 
     A short clip is followed by random other clips with probability 1/2, else by silence. With
     silence alone the encoder mostly learns where the sound ends."""
@@ -235,11 +227,10 @@ class Crops(torch.utils.data.Dataset):
         self.source, self.n_samples, self.seed, self.reported = source, n_samples, seed, set()
 
     def read(self, i, fill=True):
-        """Crop i as a waveform (at most S,), and a line for each file that failed and was replaced.
-        After 20 failures the crop is empty. fill: whether to add other files."""
+        """Crop i before padding (at most S,), and one line for each file that could not be read."""
         epoch, position = divmod(i, len(self.source))
         index = int(epoch_order(self.seed, epoch, len(self.source))[position])
-        rng = np.random.default_rng([self.seed, 1 << 32, i])     # no epoch has this seed
+        rng = np.random.default_rng([self.seed, 1 << 32, i])     # unlike any epoch's
         fill = rng.random() < 0.5 and fill
         crop, failed = torch.zeros(0), []
         while len(failed) < PATIENCE:
@@ -263,7 +254,7 @@ class Crops(torch.utils.data.Dataset):
         return F.pad(crop, (0, self.n_samples - len(crop))), failed
 
     def report(self, failed):
-        """Print each failed file once. Raises UserError if 20 files failed in a row."""
+        """Print each failed file once. Raises UserError if 20 files failed for one crop."""
         for line in failed:
             if line not in self.reported:
                 print(f"skipped {line}", flush=True)

@@ -1,9 +1,8 @@
 """Chapter 2, masking: which patches the encoder sees, and which the predictor must predict.
 
 `make_masks` returns the indices of the visible patches (B, C) and of the hidden ones (B, K). The
-grid has 8 rows (frequency) x 16 columns (time), numbered row by row. `python masking.py` draws it.
-Sources: I-JEPA (arXiv 2301.08243), section 3, for blocks; Audio-JEPA (arXiv 2507.02915), section 2,
-for random patches.
+grid has 8 rows (frequency) x 16 columns (time), numbered row by row. `python masking.py` draws.
+Sources: I-JEPA (arXiv 2301.08243), section 3 (blocks); Audio-JEPA (2507.02915), section 2 (random).
 """
 
 import numpy as np
@@ -18,16 +17,13 @@ N_BLOCKS, BLOCK_COLUMNS = 4, 2        # blocks of 8 x 2 patches: half of the gri
 def block_masks(n_clips, rng):
     """Hide four blocks, each two columns wide and full height; they may touch but not overlap.
 
-    Not in the paper: the paper masks random patches, and I-JEPA's blocks leave rows visible. Both
-    let a patch be interpolated from the same moment; a block of all rows must be predicted from
-    other moments.
-    Returns: (B, N), True where a patch is hidden."""
+    Not in the paper: random patches, and I-JEPA's blocks, can be interpolated from visible patches
+    of the same moment; full-height blocks cannot. Returns: (B, N), True where a patch is hidden."""
     # Shuffle 12 slots: 4 become hidden blocks of two columns, 8 become single visible columns.
     # slots .?..?...??..  ->  columns .??..??...????..
     n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
     is_block = rng.random((n_clips, n_slots)).argsort(axis=1) < N_BLOCKS            # (B, 12)
-    widths = np.where(is_block, BLOCK_COLUMNS, 1)
-    columns = np.repeat(is_block.ravel(), widths.ravel())                           # (B * 16,)
+    columns = np.repeat(is_block, np.where(is_block, BLOCK_COLUMNS, 1).ravel())     # (B * 16,)
     return np.tile(columns.reshape(n_clips, COLUMNS), ROWS)
 
 
@@ -37,8 +33,7 @@ def random_masks(n_clips, rng):
     return rng.random((n_clips, N_PATCHES)).argsort(axis=1) < N_PATCHES // 2
 
 
-# A mask of your own is a function like these that hides the same number of patches in every clip,
-# so shapes are constant and nothing is recompiled.
+# Add your own mask here. It must hide the same number of patches in every clip (constant shapes).
 MASKS = {"block": block_masks, "random": random_masks}
 
 

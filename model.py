@@ -27,8 +27,8 @@ def select(tokens, indices):
 
 def normalize(x, dim):
     """Shift and scale x to mean 0 and variance 1 along a dimension."""
-    x = x - x.mean(dim, keepdim=True)
-    return x * (x.square().mean(dim, keepdim=True) + 1e-5).rsqrt()
+    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt()
 
 
 def sincos_positions(width):
@@ -37,26 +37,26 @@ def sincos_positions(width):
     Source: Attention is all you need (arXiv 1706.03762), 3.5; for images: MAE (2111.06377)."""
     frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
     grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS))          # (N, 2)
-    angles = grid[..., None] * frequencies                                          # (N, 2, D / 4)
+    angles = grid[..., None] * frequencies                                      # (N, 2, width / 4)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def rotations(width, positions):
-    """Cosines and sines (N, 2, width / 2) of the angles by which attention rotates the queries and
-    keys of each patch, for heads of this width. With "fixed" positions all angles are 0.
+    """Cosines and sines (N, 2, width / 2) of the angles that rotate the queries and keys of each
+    patch in attention, for heads of this width. With "fixed" positions all angles are 0.
 
     Not in the paper: "rotary" angles grow with the column of a patch, so q . k depends on the
     distance in time, and one layer can attend to "one note ago" anywhere in the clip.
     Source: RoFormer (arXiv 2104.09864), section 3.2."""
     frequencies = 1 / 10_000 ** (torch.arange(width // 2) / (width // 2))
-    angles = torch.arange(COLUMNS).repeat(ROWS)[:, None] * frequencies              # (N, width / 2)
-    angles = angles * (positions == "rotary")
+    columns = torch.arange(COLUMNS).repeat(ROWS) * (positions == "rotary")          # (N,)
+    angles = columns[:, None] * frequencies                                         # (N, width / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 def rotate(x, rotation):
     """Rotate queries or keys x (B, h, n, d) by (B or 1, n, 2, d / 2). Value i of the first half and
-    value i of the second half are the two coordinates of a point."""
+    value i of the second half are the coordinates of a point."""
     cos, sin = rotation[:, None].to(x.dtype).unbind(-2)                             # (B, 1, n, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -83,12 +83,12 @@ class Layer(nn.Module):
 
 
 def init_weights(module):
-    """Xavier-uniform weights (standard deviation 0.07 at width 192) and zero biases for every
-    nn.Linear. Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
+    """Xavier-uniform weights and zero biases for every nn.Linear.
+    Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class Encoder(nn.Module):
@@ -160,12 +160,12 @@ class AudioJEPA(nn.Module):
     be trained towards it (BYOL, arXiv 2006.07733), and the average changes slowly. Targets that
     encode position but not content remain possible: watch `spread` and `explained` in the log."""
 
-    def __init__(self, size, positions, targets):
+    def __init__(self, size, positions, target_layers):
         super().__init__()
         self.encoder = Encoder(*SIZES[size], positions)
         self.predictor = Predictor(*SIZES[size], positions)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.target_layers = targets
+        self.target_layers = target_layers
 
     @torch.no_grad()
     def targets(self, patches):
@@ -183,8 +183,7 @@ class AudioJEPA(nn.Module):
         return normalize(total, dim=2)                                              # over features
 
     def forward(self, patches, visible, hidden):
-        """patches (B, N, E), visible (B, C), hidden (B, K) -> loss (), predictions (B, K, D), and
-        the targets of all patches (B, N, D)."""
+        """Patches (B, N, E), visible (B, C), hidden (B, K) -> loss, predictions, all targets."""
         latents = self.encoder(patches, visible)                                    # (B, C, D)
         predictions = self.predictor(latents, visible, hidden).float()              # (B, K, D)
         all_targets = self.targets(patches)                                         # (B, N, D)
@@ -196,6 +195,5 @@ class AudioJEPA(nn.Module):
     def update_target_encoder(self, momentum):
         """Exponential moving average (BYOL, section 3.1), after each step:
         target_encoder = momentum * target_encoder + (1 - momentum) * encoder."""
-        for slow, fast in zip(self.target_encoder.parameters(), self.encoder.parameters(),
-                              strict=True):
-            slow.lerp_(fast, 1 - momentum)
+        for name, weights in self.encoder.named_parameters():
+            self.target_encoder.get_parameter(name).lerp_(weights, 1 - momentum)

@@ -1,12 +1,11 @@
 """Chapter 4, the probe: what did the encoder learn?
 
-A checkpoint and labelled audio in, a table out: the scores of a linear classifier and of nearest
-neighbours on frozen features, beside two baselines: the log-mel, and the untrained encoder with
-which the run began. On the built-in sounds compare kNN; the linear probe solves them even with an
-untrained encoder.
+Prints how well a linear classifier and kNN do on frozen features of labelled audio. Baselines: the
+log-mel, and the untrained encoder with which the run began. On the built-in sounds compare kNN; the
+linear probe solves them even untrained.
 Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSet (1609.09430).
 
-    python probe.py ckpt.pt                       on the data of the training, if it has labels
+    python probe.py ckpt.pt                       on the training data, if it has labels
     python probe.py ckpt.pt --data ESC-50-master  the README lists the layouts of labelled folders
     python probe.py ckpt.pt --data FOLDER --vectors out.npz     one vector per file; needs no labels
 """
@@ -28,14 +27,14 @@ from torch.nn import functional as F
 
 from data import (EXTENSIONS, MAX_PEAK, PATCH, ROWS, SAMPLE_RATE, BuiltInSounds, LogMel, UserError,
                   make_output_printable, open_source, patchify, resampler, to_columns)
-from model import AudioJEPA
+from model import SIZES, Encoder
 
 FORMAT = "audio-jepa 5"                              # of the checkpoints
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # of the linear probe, to choose from
-WINDOWS_AT_ONCE = 32                                 # of a clip that go through the encoder
+L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # candidates for the linear probe
+WINDOWS_AT_ONCE = 32                                 # windows of a clip per encoder call
 AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
-compose = functools.partial(unicodedata.normalize, "NFC")    # a Mac splits accents from letters
+to_nfc = functools.partial(unicodedata.normalize, "NFC")    # a Mac splits accents from letters
 SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid",
           "validation": "valid", "test": "test", "testing": "test"}
 
@@ -86,15 +85,14 @@ class FrozenEncoder(nn.Module):
     """Waveforms in, embeddings out: one of `output_dim` values (D') every `hop_seconds`.
 
     An embedding concatenates the 8 patches of a column, because their average would mix low and
-    high frequencies (Riou et al., arXiv 2405.08679). Unlike the targets it is taken after the final
-    norm; the last layer probes better than earlier ones or the sum. `requires_grad_(True)`
-    unfreezes the encoder."""
+    high frequencies (Riou et al., arXiv 2405.08679). Unlike `--targets all` it is taken after
+    the final norm; the last layer probes better than earlier ones or the sum."""
 
     def __init__(self, config):
         super().__init__()
         with torch.random.fork_rng(devices=[]):      # leaves the caller's random numbers alone
             torch.manual_seed(config["seed"])        # the weights with which the run began
-            self.vit = AudioJEPA(config["size"], config["positions"], config["targets"]).encoder
+            self.vit = Encoder(*SIZES[config["size"]], config["positions"])
         self.mel = LogMel(config["seconds"])
         self.config = config
         self.column_samples = PATCH * self.mel.hop
@@ -102,13 +100,11 @@ class FrozenEncoder(nn.Module):
         self.hop_seconds = self.column_samples / SAMPLE_RATE
 
     def forward(self, waveform, sample_rate):
-        """Floats (S,) or (B, S) at `sample_rate` Hz -> embeddings (B, T', D'). Long waveforms are
-        cut into windows of the length of a training clip, which do not see one another. Raises
-        UserError."""
+        """Floats (S,) or (B, S) at `sample_rate` Hz -> embeddings (B, T', D'). A long waveform is
+        cut into windows of one training clip's length, each encoded on its own."""
         waveform = torch.atleast_2d(torch.as_tensor(waveform))
         if (waveform.ndim > 2 or not 0 < len(waveform) <= waveform.shape[1]
-                or not waveform.is_floating_point()
-                or not waveform.abs().max() < MAX_PEAK):         # NaN fails every comparison
+                or not waveform.is_floating_point() or not waveform.abs().max() < MAX_PEAK):
             raise UserError("a waveform holds floats of about -1 to 1, shape (samples,) or (clips, "
                             f"samples); this one is {waveform.dtype} {[*waveform.shape]}")
         waveform = resampler(int(sample_rate))(waveform.float().cpu()).to(self.mel.mean.device)
@@ -117,14 +113,13 @@ class FrozenEncoder(nn.Module):
         windows = rearrange(padded, "b (w s) -> (b w) s", s=self.mel.clip_samples)
         amp = find_amp(windows.device.type)
         with torch.autocast(windows.device.type, DTYPES[amp], enabled=amp != "off"):
-            columns = torch.cat([to_columns(self.vit(patchify(self.mel(part))).float())
-                                 for part in windows.split(WINDOWS_AT_ONCE)])
+            columns = torch.cat([to_columns(self.vit(patchify(self.mel(batch))).float())
+                                 for batch in windows.split(WINDOWS_AT_ONCE)])
         return rearrange(columns, "(b w) t d -> b (w t) d", b=len(waveform))[:, :n_columns]
 
 
 def load_encoder(path, trained=True):
-    """The target encoder of a checkpoint, or the untrained encoder with which its run began, on the
-    CPU, frozen. Raises UserError."""
+    """The target encoder of a checkpoint, or its run's untrained encoder: on the CPU, frozen."""
     checkpoint = load_checkpoint(path)
     encoder = FrozenEncoder(checkpoint["config"])
     encoder.mel.load_state_dict(checkpoint["mel"])
@@ -148,8 +143,7 @@ def compute_features(source, indices, encoders):
     """One vector per clip: its embeddings, pooled over time. Prints the clips that cannot be read.
 
     encoders: {name: FrozenEncoder} of one checkpoint. Returns the positions in `indices` of the
-    clips that were read, and {name: (clips, 2 D')}, with the log-mel (clips, 2 M) in addition.
-    Raises UserError if no clip can be read."""
+    clips that were read, and {name: (clips, 2 D')}, plus "log-mel": (clips, 2 M)."""
     mel = next(iter(encoders.values())).mel
     read, features = [], {name: [] for name in ("log-mel", *encoders)}
     for i, index in enumerate(indices):
@@ -174,21 +168,21 @@ def compute_features(source, indices, encoders):
 # ---- the two probes ----------------------------------------------------------------------------
 
 
-def standardize(known, asked):
-    """Scale features (n, features) and (m, features) so that each has mean 0 and standard deviation
-    1 over the first set. A feature that hardly varies there counts as varying a little: it would
-    drown the others if it varied in the second set (a band above 4 kHz, in recordings of 8 kHz)."""
-    std = known.std(0, correction=0)
+def standardize(reference, query):
+    """Scale features (n, features) and (m, features) to mean 0 and standard deviation 1 over the
+    first set. The deviation is at least 5 % of the median one: dividing by almost 0 would let a
+    feature that is constant in the first set dominate the second."""
+    std = reference.std(0, correction=0)
     std = std.clamp(min=(0.05 * std.median()).clamp(min=1e-6))
-    return (known - known.mean(0)) / std, (asked - known.mean(0)) / std
+    return (reference - reference.mean(0)) / std, (query - reference.mean(0)) / std
 
 
-def knn_scores(known, labels, asked):
-    """Votes (m, classes) of the 10 features in `known` (n, features) that are nearest by cosine to
-    each of `asked` (m, features), weighted by softmax(similarity / 0.07).
+def knn_scores(reference, labels, query):
+    """Votes (m, classes) of the 10 nearest clips in `reference` (n, features), by cosine, for each
+    clip of `query` (m, features), weighted by softmax(similarity / 0.07).
     Source: X-ARES, 2505.16369."""
-    similarity = F.normalize(asked, dim=1) @ F.normalize(known, dim=1).T            # (m, n)
-    nearest, indices = similarity.topk(min(10, len(known)))
+    similarity = F.normalize(query, dim=1) @ F.normalize(reference, dim=1).T            # (m, n)
+    nearest, indices = similarity.topk(min(10, len(reference)))
     return ((nearest / 0.07).softmax(1)[..., None] * labels[indices]).sum(1)
 
 
@@ -197,30 +191,30 @@ def binary_cross_entropy(scores, labels):
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / len(labels)
 
 
-def linear_scores(known, labels, asked, l2, loss_function):
+def linear_scores(reference, labels, query, l2, loss_function):
     """Fit one linear layer to standardised features (n, features) with labels (n, classes), by
-    L-BFGS on loss + l2 / 2 * |weights|^2. Returns the scores (m, classes) of `asked`."""
+    L-BFGS on loss + l2 / 2 * |weights|^2. Returns the scores (m, classes) of `query`."""
     # With L2, the optimum lies in the span of the training features, so the fit happens there.
-    basis = torch.linalg.qr(known.T).Q               # (features, at most n)
-    known, asked = known @ basis, asked @ basis
-    weights = torch.zeros(labels.shape[1], known.shape[1], requires_grad=True)
+    basis = torch.linalg.qr(reference.T).Q               # (features, at most n)
+    reference, query = reference @ basis, query @ basis
+    weights = torch.zeros(labels.shape[1], reference.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        scores = F.linear(known, weights, bias)
+        scores = F.linear(reference, weights, bias)
         loss = loss_function(scores, labels) + l2 / 2 * weights.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return F.linear(asked, weights, bias).detach()
+    return F.linear(query, weights, bias).detach()
 
 
 def accuracy(scores, labels):
-    """The share of clips whose highest score (n, classes) is that of their class."""
+    """Share of clips whose highest score (n, classes) is that of their class."""
     return (scores.argmax(1) == labels.argmax(1)).float().mean().item()
 
 
@@ -230,44 +224,42 @@ def mean_average_precision(scores, labels):
     precisions = []
     for score, truth in zip(scores.T, labels.T.double(), strict=True):
         if truth.any():
-            rank = score.unique(return_inverse=True)[1]          # 0 is the lowest score
-            hits = rank.bincount(truth).flip(0)                  # from the highest score down
-            precision = hits.cumsum(0) / rank.bincount().flip(0).cumsum(0)
+            level = score.unique(return_inverse=True)[1]          # 0 is the lowest score
+            hits = level.bincount(truth).flip(0)                  # from the highest score down
+            precision = hits.cumsum(0) / level.bincount().flip(0).cumsum(0)
             precisions.append((hits * precision).sum() / hits.sum())
     return torch.stack(precisions).mean().item()
 
 
 def evaluate(features, labels, rounds, several):
-    """Both probes on features (n, features) with labels (n, classes) in every round: two lists of
-    scores, linear and kNN. several: whether clips have several labels (mAP, else accuracy)."""
+    """Both probes on features (n, features) with labels (n, classes): the metric of every round, a
+    list for linear and one for kNN. several: whether clips have several labels (mAP)."""
     metric, loss = ((mean_average_precision, binary_cross_entropy) if several
                     else (accuracy, F.cross_entropy))
     linear, knn = [], []
     for train, valid, test in rounds:
-        losses = {}                                  # finer than scores, which tie on few clips
-        for l2 in L2_STRENGTHS:
-            known, asked = standardize(features[train], features[valid])
-            scores = linear_scores(known, labels[train], asked, l2, loss)
-            losses[l2] = loss(scores, labels[valid])
+        reference, query = standardize(features[train], features[valid])
+        losses = [loss(linear_scores(reference, labels[train], query, l2, loss), labels[valid])
+                  for l2 in L2_STRENGTHS]            # accuracies would tie on few clips
         both = torch.cat([train, valid])
-        known, asked = standardize(features[both], features[test])
-        scores = linear_scores(known, labels[both], asked, min(losses, key=losses.get), loss)
+        reference, query = standardize(features[both], features[test])
+        l2 = L2_STRENGTHS[int(np.argmin(losses))]
+        scores = linear_scores(reference, labels[both], query, l2, loss)
         linear.append(metric(scores, labels[test]))
-        knn.append(metric(knn_scores(known, labels[both], asked), labels[test]))
+        knn.append(metric(knn_scores(reference, labels[both], query), labels[test]))
     return linear, knn
 
 
 @torch.no_grad()
 def knn_of_orders(mel, vit, n=240):
-    """kNN accuracy of an encoder on n built-in sounds, for the log of a training: one half is the
-    reference set, the other is classified."""
+    """kNN accuracy on n built-in sounds for the log: half are the reference for the other half."""
     source = BuiltInSounds(mel.clip_samples)
     clips = torch.stack([next(source.windows(i, mel.clip_samples)) for i in range(n)])
     patches = patchify(mel(clips.to(mel.mean.device)))
-    columns = torch.cat([to_columns(vit(part)).float() for part in patches.split(32)])
-    known, asked = standardize(*pool(columns.cpu()).chunk(2))
-    labels = F.one_hot(torch.tensor([source.label(i) for i in range(n)])).float()
-    return accuracy(knn_scores(known, labels[:n // 2], asked), labels[n // 2:])
+    columns = torch.cat([to_columns(vit(batch)).float() for batch in patches.split(32)])
+    reference, query = standardize(*pool(columns.cpu()).chunk(2))
+    labels = F.one_hot(torch.from_numpy(source.labels[:n])).float()
+    return accuracy(knn_scores(reference, labels[:n // 2], query), labels[n // 2:])
 
 
 # ---- labels ------------------------------------------------------------------------------------
@@ -279,74 +271,69 @@ def one_hot(names):
     return torch.tensor([[float(name in each) for name in classes] for each in names]), classes
 
 
-def make_rounds(labels, parts):
-    """Rounds of evaluation as (train, valid, test) clip indices: one for a given split, else one
-    for each fold. `valid` chooses the L2 strength; if it is not given, it is a tenth of the clips
-    that are not for testing.
-
-    parts: the fold or split of every clip; all None: five random folds with equal shares of each
-    class. Raises UserError if a round lacks clips or classes."""
-    kinds, splits = set(parts), {*SPLITS.values()}
+def make_rounds(labels, groups):
+    """Clip indices (train, valid, test): one round for a given split, else one for each fold.
+    `valid` chooses the L2 strength; if not given, it is a tenth of the clips outside the test set.
+    groups: the fold or split of every clip. If all are None: five random stratified folds."""
+    kinds, splits = set(groups), {*SPLITS.values()}
     is_split = bool(kinds & splits)
     if None in kinds and len(kinds) > 1 or is_split and not {"train", "test"} <= kinds <= splits:
-        raise UserError("every clip needs a fold, or every clip a split of train, valid or test; "
-                        f"these are {', '.join(sorted(map(str, kinds)))}")
+        raise UserError("give every clip a fold, or every clip a split with at least train and "
+                        f"test; found: {', '.join(sorted(map(str, kinds)))}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     if kinds == {None}:
         by_class = order[labels[order].argmax(1).argsort(stable=True)]
-        parts = (by_class.argsort() % 5).tolist()    # the place of each clip in by_class
+        groups = (by_class.argsort() % 5).tolist()    # the place of each clip in by_class
     rounds = []
-    for name in ["test"] if is_split else sorted(set(parts)):
-        test = torch.tensor([parts[i] == name for i in order.tolist()])
+    for name in ["test"] if is_split else sorted(set(groups)):
+        test = torch.tensor([groups[i] == name for i in order.tolist()])
         rest = order[~test]
-        valid = torch.tensor([parts[i] == "valid" for i in rest.tolist()])
+        valid = torch.tensor([groups[i] == "valid" for i in rest.tolist()])
         if not valid.any():
             valid = torch.arange(len(rest)) % 10 == 0
         rounds.append((rest[~valid], rest[valid], order[test]))
         if min(map(len, rounds[-1])) == 0 or labels.shape[1] < 2:
-            raise UserError("too few clips or classes to train on, to choose by and to test on")
-        unseen = (labels[order[test]].any(0) & ~labels[rest].any(0)).sum()
-        if unseen:
+            raise UserError("too few clips or classes: train, validation and test each need a "
+                            "clip, and labels two classes")
+        if unseen := (labels[order[test]].any(0) & ~labels[rest].any(0)).sum():
             print(f"warning: {unseen} classes of test fold {name} have no clip to train on")
     return rounds
 
 
 def read_csv(path, columns, header=None):
-    """The rows of a CSV file as dicts. header: the names of the columns, for a file that has only
-    comments above its rows. Raises UserError if a row lacks one of `columns`."""
+    """The rows of a CSV file as dicts. columns: those that every row must have. header: the names
+    of all columns, for a file without a header row (lines with # are skipped)."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [compose(line) for line in file if not (header and line.startswith("#"))]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8; save it in that encoding ({error})") from error
-    rows = list(csv.DictReader(lines, header, skipinitialspace=True))
-    for row in rows:
-        if any(row.get(column) is None for column in columns):
-            raise UserError(f"{path}: no column {' or '.join(columns)} in {row}")
+            lines = [to_nfc(line) for line in file if not (header and line.startswith("#"))]
+        rows = list(csv.DictReader(lines, header, skipinitialspace=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    if bad := [row for row in rows if any(row.get(column) is None for column in columns)]:
+        raise UserError(f"{path}: no column {' or '.join(columns)} in {bad[0]}")
     return rows
 
 
 def from_audioset(folder):
     """AudioSet's official CSVs -> rows of (YTID, labels, split)."""
-    header = ["YTID", "start", "end", "labels"]
+    columns = ["YTID", "start", "end", "labels"]
     return [(row["YTID"], row["labels"].split(","), split) for name, split in AUDIOSET.items()
-            for row in read_csv(os.path.join(folder, name), header[3:], header)]
+            for row in read_csv(os.path.join(folder, name), columns, columns)]
 
 
 def from_table(path):
-    """A CSV with columns filename, category (several labels separated by `;`), and perhaps split or
-    fold -> rows of (name, labels, fold or split or None)."""
+    """A CSV with filename, category (`;` between labels) and perhaps split or fold -> rows of
+    (name, labels, fold or split or None)."""
     rows = []
     for row in read_csv(path, ["filename", "category"]):
         labels = [label.strip() for label in row["category"].split(";") if label.strip()]
-        part = (row.get("split") or row.get("fold") or "").strip().removesuffix(".0")   # of 1.0
-        rows.append((row["filename"], labels, SPLITS.get(part.lower(), part) or None))
+        group = (row.get("split") or row.get("fold") or "").strip().removesuffix(".0")   # of 1.0
+        rows.append((row["filename"], labels, SPLITS.get(group.lower(), group) or None))
     return rows
 
 
 def from_folders(files):
-    """A folder for each class, perhaps below train/, valid/, test/ -> rows of (name, labels, split
-    or None)."""
+    """CLASS/... or SPLIT/CLASS/... -> rows of (name, labels, split or None)."""
     rows = []
     for file in files:
         *folders, _ = file.split(os.sep)
@@ -363,9 +350,9 @@ def stem(path):
 
 
 def match(rows, files, is_audioset):
-    """Rows of (name, labels, part) -> {index: (labels, part)}. A row names a file by its path in
-    the folder, or else by its base name, with or without extension. AudioSet names it by the start
-    of its base name, with or without a leading Y.
+    """Rows of (name, labels, group) -> {index: (labels, group)}. A row names a file by its path in
+    the folder, or else by its base name, with or without extension. AudioSet: the base name starts
+    with the YouTube id, or with Y and the id.
 
     files: {path: index}. Raises UserError if a name fits several files, or a file several rows."""
     by_path, by_base, matched = (collections.defaultdict(set), collections.defaultdict(set), {})
@@ -375,33 +362,33 @@ def match(rows, files, is_audioset):
             by_path[name].add(index)
         for name in (base[:11], base.removeprefix("Y")[:11]) if is_audioset else (base, stem(base)):
             by_base[name].add(index)
-    for name, labels, part in rows:
+    for name, labels, group in rows:
         found = next((table[key] for table in (by_path, by_base) for key in (name, stem(name))
                       if key in table), set())
         if len(found) > 1 or matched.keys() & found:
-            raise UserError(f"the label of {name!r} fits several files, or its file several rows")
-        matched |= {index: (labels, part) for index in found if labels}
+            raise UserError(f"{name!r} fits several files, or a file that another row has")
+        matched |= {index: (labels, group) for index in found if labels}
     return matched
 
 
 def load_labelled(folder, clip_samples):
-    """Returns the source of the clips, the indices of those with labels, and for each of these its
-    labels and its part (a fold, a split or None). Prints which labels were used. Raises UserError.
-    """
+    """Returns the source, the indices of the labelled clips, and for each of them its labels and
+    its group (a fold, a split or None). Prints which labels were used."""
     source = open_source(folder, clip_samples)
     if folder is None:                               # the built-in sounds
-        labels = [[str(source.label(i))] for i in range(len(source))]
+        labels = [[str(label)] for label in source.labels]
         return source, [*range(len(source))], labels, ["train"] * 1920 + ["test"] * 480
-    files = {compose(source.name(i)): i for i in range(len(source))}
+    files = {to_nfc(source.name(i)): i for i in range(len(source))}
     tables = ("labels.csv", "esc50.csv", "meta/esc50.csv", *AUDIOSET)
-    used = next((name for name in tables if os.path.exists(os.path.join(folder, name))), None)
-    rows = (from_folders(files) if used is None else from_audioset(folder) if used in AUDIOSET
+    found = [name for name in tables if os.path.exists(os.path.join(folder, name))]
+    used = found[0] if found else "folder names"
+    rows = (from_folders(files) if not found else from_audioset(folder) if used in AUDIOSET
             else from_table(os.path.join(folder, used)))
-    matched, used = match(rows, files, used in AUDIOSET), used or "folder names"
+    matched = match(rows, files, used in AUDIOSET)
     if not matched:
         raise UserError(f"{folder}: no label fits an audio file; labels from {used}, such as "
                         f"{rows[:1]}; files such as {next(iter(files))!r}")
-    labels, parts = map(list, zip(*matched.values(), strict=True))
+    labels, groups = map(list, zip(*matched.values(), strict=True))
     classes = one_hot(labels)[1]
     print(f"labels from {used}: {len(matched):,} clips, {len(classes)} classes "
           f"({', '.join(classes[:4])}{', ...' * (len(classes) > 4)}); "
@@ -409,10 +396,10 @@ def load_labelled(folder, clip_samples):
           f"{len(rows) - len(matched):,} rows without a file or a class")
     if len({name.lower() for name in classes}) < len(classes):
         print("warning: some classes differ only in upper and lower case")
-    if {*parts} == {None}:
-        print("warning: no folds or splits are given. Clips of one speaker or device can be on both"
-              " sides of the random folds, and scores far too high.")
-    return source, [*matched], labels, parts
+    if {*groups} == {None}:
+        print("warning: no folds or splits given. Random folds can put one speaker or device on "
+              "both sides, which inflates scores.")
+    return source, [*matched], labels, groups
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -437,18 +424,20 @@ def run_probe(args):
         with open(args.vectors, "xb") as file:
             np.savez(file, names=[source.name(i) for i in read], vectors=features["trained"])
         return
-    source, indices, names, parts = load_labelled(folder, encoder.mel.clip_samples)
-    make_rounds(one_hot(names)[0], parts)            # refuses before the features take an hour
+    source, indices, names, groups = load_labelled(folder, encoder.mel.clip_samples)
+    labels, classes = one_hot(names)
+    rounds = make_rounds(labels, groups)             # refuses before the features take an hour
     read, features = compute_features(source, indices, encoders)
-    labels, classes = one_hot([names[i] for i in read])
-    rounds = make_rounds(labels, [parts[i] for i in read])
+    if len(read) < len(indices):
+        labels, classes = one_hot([names[i] for i in read])
+        rounds = make_rounds(labels, [groups[i] for i in read])
     several = bool((labels.sum(1) != 1).any())       # labels per clip
     print(f"{len(labels):,} clips, {len(classes)} classes, the largest with "
           f"{labels.mean(0).max():.0%} of the clips; {'mAP' if several else 'accuracy'} in %, mean "
-          f"+- standard deviation over {len(rounds)} round(s)\n{'':10}{'linear':>14}{'kNN':>14}")
+          f"+- standard deviation over {len(rounds)} round(s)\n{'':10}{'linear':>15}{'kNN':>15}")
     for name, x in features.items():
         print(f"{name:10}" + "".join(
-            f"{100 * np.mean(scores):7.1f} +- {100 * np.std(scores):3.1f}"
+            f"{100 * np.mean(scores):7.1f} +- {100 * np.std(scores):4.1f}"
             for scores in evaluate(x, labels, rounds, several)), flush=True)
 
 
@@ -457,7 +446,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data", help="labelled audio; without it, the data of the training")
+    parser.add_argument("--data", help="labelled audio; without it, the training data")
     parser.add_argument("--vectors", metavar="FILE", help="write a vector per file there, and exit")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     make_output_printable()

@@ -1,7 +1,7 @@
 """Chapter 5, training: settings, schedules, optimisers, the loop and checkpoints.
 
-A folder of audio in (--data), or the built-in sounds; a checkpoint out, which probe.py and --resume
-read, with a log beside it as .csv. Source: Audio-JEPA (arXiv 2507.02915), section 3.
+Reads a folder of audio (--data) or the built-in sounds. Writes a checkpoint for probe.py and
+--resume, and a log beside it (.csv). Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, on built-in sounds
     python train.py --data /path/audioset        the paper's run on a GPU, a laptop's elsewhere
@@ -28,21 +28,21 @@ from model import POSITIONS, SIZES, TARGETS, AudioJEPA, select
 from probe import (DTYPES, FORMAT, check_finite, find_amp, find_device, knn_of_orders,
                    load_checkpoint)
 
-# Every setting: its value in each recipe (one value: the same in all), its type or choices, help.
+# Every setting: its value in each recipe (or one value for all), its type or choices, help.
 RECIPES = ("sounds", "laptop", "paper")
 METHOD = {                            # --resume keeps these
-    "size": ("tiny", "tiny", "base", SIZES, "of the encoder; base is ViT-B"),
+    "size": ("tiny", "tiny", "base", SIZES, "encoder; base is ViT-B"),
     "seconds": (1.28, 1.28, 10.0, float, "length of a clip"),
     "mask": ("block", "block", "random", MASKS, "which patches to hide"),
     "positions": ("rotary", "rotary", "fixed", POSITIONS, "rotary: in addition to the fixed ones"),
     "targets": ("all", "all", "last", TARGETS, "layers of the target encoder to predict"),
     "ema": (0.99, 0.995, 0.996, float, "momentum of the target encoder at the start; it ends at 1"),
-    "optimizer": ("muon", "muon", "adamw", ("muon", "adamw"), "for the matrices of the layers"),
+    "optimizer": ("muon", "muon", "adamw", ("muon", "adamw"), "of the layers' matrices"),
     "lr": (0.01, 0.005, 3e-4, float, "peak learning rate"),
     "warmup": (0.05, 0.05, 0.01, float, "share of the run in which the learning rate rises"),
     "batch_size": (16, 16, 256, int, "clips per step"),
     "steps": (1000, 2000, 100_000, int, "length of the run; every schedule depends on it"),
-    "seed": (0, int, "of weights, order, crops and masks"),
+    "seed": (0, int, "random seed"),
     "amp": ("auto", ("auto", *DTYPES), "mixed precision; auto: what the hardware supports")}
 MACHINE = {                           # --resume may change these
     "data": (None, str, "folder of audio; without it, built-in sounds"),
@@ -55,16 +55,15 @@ MACHINE = {                           # --resume may change these
 DEFAULTS = {recipe: {name: values[i % len(values)] for name, (*values, _, _)
                      in (METHOD | MACHINE).items()} for i, recipe in enumerate(RECIPES)}
 MAY_BE_ZERO = ("ema", "warmup", "seed", "workers")
-CROPS_TO_FIT = 256                    # the mean and deviation of the log-mel
-COLLAPSED = 0.1                       # the spread of a healthy run stays above 0.4
+CROPS_TO_FIT = 256                    # for the mean and standard deviation of the log-mel
+MIN_SPREAD = 0.1                      # healthy runs stay above 0.4
 
 
 # ---- schedules and optimisers ------------------------------------------------------------------
 
 
 def learning_rate(step, config):
-    """A linear warm-up, then half a cosine down to 0. A pure function of the step, so a resumed run
-    cannot drift."""
+    """A linear warm-up, then half a cosine down to 0."""
     warmup = config.warmup * config.steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
@@ -72,9 +71,8 @@ def learning_rate(step, config):
 
 
 def ema_momentum(step, config):
-    """The momentum of the target encoder: from --ema to 1 by half a cosine. The target encoder
-    averages the encoder over about the last 1 / (1 - momentum) steps.
-    Source: BYOL (arXiv 2006.07733), section 3."""
+    """Momentum of the target encoder: from --ema to 1 by half a cosine. It averages about the last
+    1 / (1 - momentum) encoders. Source: BYOL (arXiv 2006.07733), section 3."""
     return 1 - (1 - config.ema) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
@@ -145,21 +143,20 @@ def train(run):
 
 def spread(all_targets):
     """Standard deviation of the targets (B, N, D) over the clips, averaged over patches and
-    features: 0 if all clips have the same targets (collapse), about 1 at most."""
+    features: 0 if all clips have the same targets (collapse), 1 at most."""
     return all_targets.std(0, correction=0).mean().item()
 
 
 def explained(predictions, all_targets, hidden):
     """R^2 of the predictions (B, K, D), against the mean target of the batch at each position.
-    1: perfect. 0: no better than that mean. It starts below 0, because the mean includes the clip
-    itself."""
+    1: perfect. 0: no better than that mean. Negative: worse, as at the start of a run."""
     targets = select(all_targets, hidden)                                           # (B, K, D)
     means = all_targets.mean(0)[hidden]      # at each hidden position, over the clips: (B, K, D)
     return 1 - (F.mse_loss(predictions, targets) / F.mse_loss(means, targets)).item()
 
 
 class Log:
-    """A line on the screen and a row in the CSV file for every `log_every` steps."""
+    """A line on the screen and a row in the CSV file every `log_every` steps and at the end."""
 
     def __init__(self, config):
         self.config, self.rows, self.header = config, [], None
@@ -168,22 +165,24 @@ class Log:
     def next_batch(self, batches):
         """The next batch. Adds up the time spent waiting for it."""
         start, batch = time.perf_counter(), next(batches)
-        self.waited, self.clips = self.waited + time.perf_counter() - start, self.clips + len(batch)
+        self.waited += time.perf_counter() - start
+        self.clips += len(batch)
         return batch
 
     def write(self, step, meters):
-        """Write the meters of a step, and the speed since the last row."""
+        """Write the meters of a step, and the speed since the last row or the start."""
         passed, config = time.perf_counter() - self.start, self.config
         left = (config.steps - step) * config.batch_size * passed / self.clips
         row = {"step": step, **meters, "clips/s": self.clips / passed,
-               "waiting": self.waited / passed, "left": datetime.timedelta(seconds=round(left))}
+               "waiting": self.waited / passed, "left": str(datetime.timedelta(0, round(left)))}
         if self.header != [*row]:
             self.header = [*row]
             print("".join(f"{name:>10}" for name in row))
         print("".join(f"{value:10.3g}" if isinstance(value, float) else f"{value!s:>10}"
                       for value in row.values()), flush=True)
-        self.rows.append(row | {"left": str(row["left"])})
-        if [old for old in self.rows if old.get("spread", 1) < COLLAPSED] == self.rows[-1:]:
+        self.rows.append(row)
+        collapsed = [old.get("spread", 1) < MIN_SPREAD for old in self.rows]
+        if collapsed[-1] and sum(collapsed) == 1:    # the first such row
             print("warning: all clips have nearly the same targets. The run has collapsed (try a "
                   "lower --lr), or the clips are mostly silence (a shorter --seconds).", flush=True)
         with open(config.out + ".csv", "w", newline="") as file:
@@ -223,24 +222,22 @@ def set_up(config, checkpoint):
     torch.backends.cuda.enable_cudnn_sdp(False)      # NaN on Hopper: pytorch/issues/196678
     mel = LogMel(config.seconds).to(config.device)
     source = open_source(config.data, mel.clip_samples)
+    crops = Crops(source, mel.clip_samples, config.seed)
+    if checkpoint is None:
+        first = [crops.read(i, fill=False) for i in range(CROPS_TO_FIT)]
+        for _, failed in first:
+            crops.report(failed)
+        mel.fit([waveform for waveform, _ in first])
     jepa = AudioJEPA(config.size, config.positions, config.targets).to(config.device)
-    run = Run(config, Crops(source, mel.clip_samples, config.seed), mel, jepa,
-              make_optimizers(jepa, config),
-              torch.amp.GradScaler(config.device, enabled=config.amp == "fp16"), Log(config))
+    scaler = torch.amp.GradScaler(config.device, enabled=config.amp == "fp16")
+    run = Run(config, crops, mel, jepa, make_optimizers(jepa, config), scaler, Log(config))
     if checkpoint:
         if checkpoint["fingerprint"] != source.fingerprint:
-            raise UserError(f"--data {config.data}: not the files that this run began with")
+            raise UserError(f"--data {config.data}: not the files of this run")
         for name, part in run.parts().items():
             part.load_state_dict(checkpoint[name])
         run.step = run.saved = checkpoint["step"]
         run.log.rows = checkpoint["log"]
-    else:
-        waveforms = []
-        for i in range(CROPS_TO_FIT):
-            crop, failed = run.crops.read(i, fill=False)
-            run.crops.report(failed)
-            waveforms.append(crop)
-        mel.fit(waveforms)
     if config.compile == "on" or config.compile == "auto" and config.device == "cuda":
         jepa.compile()                               # in place: parameters keep their names
     print(f"{len(source):,} clips; log-mel {mel.mean:.2f} +- {mel.std:.2f}; encoder of "
@@ -249,8 +246,7 @@ def set_up(config, checkpoint):
 
 
 def save(run):
-    """Write the checkpoint under another name, then rename it, so that a complete one always
-    exists. Raises UserError if the disk is full or a weight is not finite."""
+    """Write the checkpoint to a temporary file, then rename it: the old one stays until then."""
     check_finite(f"at step {run.step}", run.jepa.parameters())
     content = {"format": FORMAT, "config": vars(run.config), "step": run.step,
                "log": run.log.rows, "fingerprint": run.crops.source.fingerprint}
@@ -271,34 +267,30 @@ def parse(argv):
     """The command line -> a dictionary of the settings that were given there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)
+        argument_default=argparse.SUPPRESS, epilog="In brackets: sounds / laptop / paper, or all.")
     parser.add_argument("--recipe", choices=RECIPES, help="settings to start from; default: sounds "
                         "without --data, else paper on CUDA, laptop elsewhere")
     parser.add_argument("--resume", metavar="CKPT", help="continue this run with its settings")
-    for name, (*_, kind, text) in (METHOD | MACHINE).items():
-        values = dict.fromkeys(str(DEFAULTS[recipe][name]) for recipe in RECIPES)
+    for name, (*values, kind, text) in (METHOD | MACHINE).items():
         rule = {"type": kind} if isinstance(kind, type) else {"choices": [*kind]}
         parser.add_argument("--" + name.replace("_", "-"), **rule,
-                            help=f"{text} ({', '.join(values)})")
+                            help=f"{text} ({' / '.join(map(str, values))})")
     return vars(parser.parse_args(argv))
 
 
 def resolve(given, resumed):
-    """All settings of a run, from those given on the command line, and the checkpoint at `resumed`,
-    or None. Raises UserError."""
-    if resumed is None:
-        checkpoint, device = None, find_device(given.get("device", "auto"))
-        recipe = "sounds" if "data" not in given else "paper" if device == "cuda" else "laptop"
-        recipe = given.get("recipe", recipe)
-        defaults = {"recipe": recipe} | DEFAULTS[recipe]
-    else:
-        checkpoint = load_checkpoint(resumed)
-        defaults = checkpoint["config"] | {"out": resumed}
-        if fixed := given.keys() - MACHINE.keys():
-            raise UserError(f"{resumed} keeps the settings that it began with; leave out --"
-                            + ", --".join(sorted(fixed)).replace("_", "-"))
-        device = find_device(given.get("device", defaults["device"]))
-    config = argparse.Namespace(**(defaults | given | {"device": device}))
+    """Returns all settings of a run, and the checkpoint that it resumes or None. given: the
+    settings of the command line. resumed: the path of the checkpoint or None."""
+    checkpoint = None if resumed is None else load_checkpoint(resumed)
+    kept = checkpoint["config"] | {"out": resumed} if checkpoint else {}
+    if kept and (fixed := given.keys() - MACHINE.keys()):
+        raise UserError(f"{resumed} keeps the settings that it began with; leave out --"
+                        + ", --".join(sorted(fixed)).replace("_", "-"))
+    given = kept | given
+    device = find_device(given.get("device", "auto"))
+    recipe = "sounds" if "data" not in given else "paper" if device == "cuda" else "laptop"
+    given = {"recipe": recipe} | given
+    config = argparse.Namespace(**(DEFAULTS[given["recipe"]] | given | {"device": device}))
     if config.amp == "auto":
         config.amp = find_amp(device)
     if wrong := [name for name, value in vars(config).items() if isinstance(value, (int, float))
@@ -309,7 +301,7 @@ def resolve(given, resumed):
 
 @contextlib.contextmanager
 def claimed(out):
-    """Create the checkpoint file, so that no other run can, and remove it if the block fails."""
+    """Create the checkpoint file, which no other run can then do; remove it if the block fails."""
     path = os.path.realpath(out)
     if os.path.exists(path) or os.path.exists(out + ".csv"):
         raise UserError(f"{out} or its log exists: choose another --out, or --resume it")
@@ -330,8 +322,9 @@ def main(argv=None):
         config, checkpoint = resolve(given, resumed)
         print("\n".join(f"{name:11} {value}" for name, value in vars(config).items()), flush=True)
         with contextlib.nullcontext() if config.out == resumed else claimed(config.out):
-            run = set_up(config, checkpoint)
-            save(run)                                # fails now if it cannot be written
+            new_run = set_up(config, checkpoint)
+            save(new_run)                            # fails now if it cannot be written
+        run = new_run
         train(run)
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
