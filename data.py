@@ -110,7 +110,7 @@ def resampler(rate):
 
 class AudioFiles:
     """The audio files below a folder, in the same order on every machine. Links are followed,
-    hidden files and folders are skipped. Raises UserError if there is no audio."""
+    hidden files and folders are skipped."""
 
     def __init__(self, root):
         if not os.path.isdir(root):
@@ -270,7 +270,7 @@ def collate(crops):
 
 
 def load_batches(crops, batch_size, steps, workers, pin_memory):
-    """Yield the waveforms (B, S) of each step of a range. Raises UserError as `report` does."""
+    """Yield the waveforms (B, S) of each step of a range. Prints the files that failed."""
     loader = torch.utils.data.DataLoader(
         crops, batch_size, sampler=range(steps.start * batch_size, steps.stop * batch_size),
         num_workers=workers, collate_fn=collate, pin_memory=pin_memory)

@@ -27,8 +27,8 @@ def select(tokens, indices):
 
 def normalize(x, dim):
     """Shift and scale x to mean 0 and variance 1 along a dimension."""
-    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
-    return (x - mean) / (variance + 1e-5).sqrt()
+    x = x - x.mean(dim, keepdim=True)
+    return x * (x.square().mean(dim, keepdim=True) + 1e-5).rsqrt()
 
 
 def sincos_positions(width):

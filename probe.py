@@ -1,4 +1,4 @@
-"""Chapter 4, the probe: what did the encoder learn?
+"""Chapter 5, the probe: what did the encoder learn?
 
 Prints how well a linear classifier and kNN do on frozen features of labelled audio. Baselines: the
 log-mel, and the untrained encoder with which the run began. On the built-in sounds compare kNN; the
@@ -43,7 +43,7 @@ SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid
 
 
 def find_device(name):
-    """'auto', 'cuda', 'mps' or 'cpu' -> one that this machine has. Raises UserError."""
+    """'auto', 'cuda', 'mps' or 'cpu' -> one that this machine has."""
     best = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")
     if name not in ("auto", "cpu", best):
@@ -66,7 +66,7 @@ def check_finite(where, tensors):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint, on the CPU. Executes nothing in the file. Raises UserError."""
+    """The content of a checkpoint, on the CPU. Executes nothing in the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                       # a damaged file can raise anything
@@ -181,7 +181,7 @@ def knn_scores(reference, labels, query):
     """Votes (m, classes) of the 10 nearest clips in `reference` (n, features), by cosine, for each
     clip of `query` (m, features), weighted by softmax(similarity / 0.07).
     Source: X-ARES, 2505.16369."""
-    similarity = F.normalize(query, dim=1) @ F.normalize(reference, dim=1).T            # (m, n)
+    similarity = F.normalize(query, dim=1) @ F.normalize(reference, dim=1).T        # (m, n)
     nearest, indices = similarity.topk(min(10, len(reference)))
     return ((nearest / 0.07).softmax(1)[..., None] * labels[indices]).sum(1)
 
@@ -195,7 +195,7 @@ def linear_scores(reference, labels, query, l2, loss_function):
     """Fit one linear layer to standardised features (n, features) with labels (n, classes), by
     L-BFGS on loss + l2 / 2 * |weights|^2. Returns the scores (m, classes) of `query`."""
     # With L2, the optimum lies in the span of the training features, so the fit happens there.
-    basis = torch.linalg.qr(reference.T).Q               # (features, at most n)
+    basis = torch.linalg.qr(reference.T).Q           # (features, at most n)
     reference, query = reference @ basis, query @ basis
     weights = torch.zeros(labels.shape[1], reference.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
@@ -224,8 +224,8 @@ def mean_average_precision(scores, labels):
     precisions = []
     for score, truth in zip(scores.T, labels.T.double(), strict=True):
         if truth.any():
-            level = score.unique(return_inverse=True)[1]          # 0 is the lowest score
-            hits = level.bincount(truth).flip(0)                  # from the highest score down
+            level = score.unique(return_inverse=True)[1]         # 0 is the lowest score
+            hits = level.bincount(truth).flip(0)                 # from the highest score down
             precision = hits.cumsum(0) / level.bincount().flip(0).cumsum(0)
             precisions.append((hits * precision).sum() / hits.sum())
     return torch.stack(precisions).mean().item()
@@ -293,8 +293,8 @@ def make_rounds(labels, groups):
             valid = torch.arange(len(rest)) % 10 == 0
         rounds.append((rest[~valid], rest[valid], order[test]))
         if min(map(len, rounds[-1])) == 0 or labels.shape[1] < 2:
-            raise UserError("too few clips or classes: train, validation and test each need a "
-                            "clip, and labels two classes")
+            raise UserError("too few clips or classes: train, validation and test need a clip "
+                            "each, and labels two classes")
         if unseen := (labels[order[test]].any(0) & ~labels[rest].any(0)).sum():
             print(f"warning: {unseen} classes of test fold {name} have no clip to train on")
     return rounds
@@ -327,8 +327,9 @@ def from_table(path):
     rows = []
     for row in read_csv(path, ["filename", "category"]):
         labels = [label.strip() for label in row["category"].split(";") if label.strip()]
-        group = (row.get("split") or row.get("fold") or "").strip().removesuffix(".0")   # of 1.0
-        rows.append((row["filename"], labels, SPLITS.get(group.lower(), group) or None))
+        group = (row.get("split") or row.get("fold") or "").strip()
+        group = SPLITS.get(group.lower(), group.removesuffix(".0"))      # spreadsheets write 1.0
+        rows.append((row["filename"], labels, group or None))
     return rows
 
 
@@ -390,9 +391,8 @@ def load_labelled(folder, clip_samples):
                         f"{rows[:1]}; files such as {next(iter(files))!r}")
     labels, groups = map(list, zip(*matched.values(), strict=True))
     classes = one_hot(labels)[1]
-    print(f"labels from {used}: {len(matched):,} clips, {len(classes)} classes "
-          f"({', '.join(classes[:4])}{', ...' * (len(classes) > 4)}); "
-          f"{len(files) - len(matched):,} files without a label, "
+    print(f"labels from {used}: {len(matched):,} clips, {len(classes)} classes such as "
+          f"{', '.join(classes[:4])}; {len(files) - len(matched):,} files without a label, "
           f"{len(rows) - len(matched):,} rows without a file or a class")
     if len({name.lower() for name in classes}) < len(classes):
         print("warning: some classes differ only in upper and lower case")
@@ -406,7 +406,7 @@ def load_labelled(folder, clip_samples):
 
 
 def run_probe(args):
-    """What the command does. Raises UserError."""
+    """What the command does."""
     if args.vectors and (os.path.exists(args.vectors) or
                          not os.path.isdir(os.path.dirname(args.vectors) or ".")):
         raise UserError(f"--vectors {args.vectors}: choose a new file in an existing folder")

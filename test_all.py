@@ -824,7 +824,7 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     found = dict(zip(names, zip(labels, parts, strict=True), strict=True))
     assert found == {f"{clip}.wav": row for clip, row in clips.items() if row}
     said = capsys.readouterr().out
-    assert f"2 classes (a, b); {len(clips) - len(found)} files without a label, " in said
+    assert f"2 classes such as a, b; {len(clips) - len(found)} files without a label, " in said
     assert f"{int('absent' in str(tables))} rows without a file" in said
     assert f"labels from {next(iter(tables), 'folder names')}: {len(found)} clips" in said
     assert ("warning: no folds" in said) == ({*parts} == {None})

@@ -1,4 +1,4 @@
-"""Chapter 5, training: settings, schedules, optimisers, the loop and checkpoints.
+"""Chapter 4, training: settings, schedules, optimisers, the loop and checkpoints.
 
 Reads a folder of audio (--data) or the built-in sounds. Writes a checkpoint for probe.py and
 --resume, and a log beside it (.csv). Source: Audio-JEPA (arXiv 2507.02915), section 3.
@@ -99,7 +99,7 @@ def make_optimizers(jepa, config):
 
 
 def train(run):
-    """Train to the last step. Raises UserError."""
+    """Train to the last step."""
     config, device, jepa, log = run.config, run.config.device, run.jepa, run.log
     autocast = torch.autocast(device, DTYPES[config.amp], enabled=config.amp != "off")
     steps = range(run.step, config.steps)
@@ -216,7 +216,7 @@ class Run:
 
 
 def set_up(config, checkpoint):
-    """A run at its first step, or where a checkpoint left it. Raises UserError."""
+    """A run at its first step, or where a checkpoint left it."""
     torch.manual_seed(config.seed)                   # for the weights; all else has generators
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
     torch.backends.cuda.enable_cudnn_sdp(False)      # NaN on Hopper: pytorch/issues/196678
@@ -301,7 +301,7 @@ def resolve(given, resumed):
 
 @contextlib.contextmanager
 def claimed(out):
-    """Create the checkpoint file, which no other run can then do; remove it if the block fails."""
+    """Reserve the file of the checkpoint for this run; release it if the block fails."""
     path = os.path.realpath(out)
     if os.path.exists(path) or os.path.exists(out + ".csv"):
         raise UserError(f"{out} or its log exists: choose another --out, or --resume it")
