@@ -170,10 +170,10 @@ def compute_features(source, indices, encoders):
 
 def standardize(reference, query):
     """Scale features (n, features) and (m, features) to mean 0 and standard deviation 1 over the
-    first set. The deviation is at least 5 % of the median one: dividing by almost 0 would let a
-    feature that is constant in the first set dominate the second."""
+    first set. A deviation counts as at least 5 % of a typical one (their root mean square), or a
+    feature that is nearly constant in the first set could dominate the second."""
     std = reference.std(0, correction=0)
-    std = std.clamp(min=(0.05 * std.median()).clamp(min=1e-6))
+    std = std.clamp(min=(0.05 * std.square().mean().sqrt()).clamp(min=1e-6))
     return (reference - reference.mean(0)) / std, (query - reference.mean(0)) / std
 
 
