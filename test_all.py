@@ -37,6 +37,7 @@ TOY = dict(size="toy", seconds=0.64, mask="block", targets="all", positions="rot
            amp="off", workers=0, log_every=1, save_every=1)
 KINDS = [(targets, positions) for targets in model.TARGETS for positions in model.POSITIONS]
 model.SIZES["toy"] = 64, 2                           # an encoder small enough to test by hand
+signal.signal(signal.SIGINT, signal.default_int_handler)         # nohup has it ignored
 
 
 # ---- helpers -----------------------------------------------------------------------------------
