@@ -39,8 +39,7 @@ MAX_PEAK = 100                        # larger floats are no audio (-1 to 1), pe
 
 
 class UserError(Exception):
-    """A problem that the user can solve. The commands print it in one line and exit with code 1;
-    every function here may raise it."""
+    """A problem that the user can solve, told in one line. Any function here may raise it."""
 
 
 # ---- from waveforms to patches -----------------------------------------------------------------

@@ -83,8 +83,7 @@ class Layer(nn.Module):
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases for every nn.Linear.
-    Source: Glorot and Bengio, AISTATS 2010; used by ViT's and MAE's code."""
+    """Xavier-uniform weights and zero biases (Glorot and Bengio, AISTATS 2010), as ViT and MAE."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -353,9 +353,7 @@ def stem(path):
 def match(rows, files, is_audioset):
     """Rows of (name, labels, group) -> {index: (labels, group)}. A row names a file by its path in
     the folder, or else by its base name, with or without extension. AudioSet: the base name starts
-    with the YouTube id, or with Y and the id.
-
-    files: {path: index}. Raises UserError if a name fits several files, or a file several rows."""
+    with the YouTube id, or with Y and the id. files: {path: index}."""
     by_path, by_base, matched = (collections.defaultdict(set), collections.defaultdict(set), {})
     for path, index in files.items():
         base = os.path.basename(path)

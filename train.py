@@ -219,7 +219,8 @@ def set_up(config, checkpoint):
     """A run at its first step, or where a checkpoint left it."""
     torch.manual_seed(config.seed)                   # for the weights; all else has generators
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
-    torch.backends.cuda.enable_cudnn_sdp(False)      # NaN on Hopper: pytorch/issues/196678
+    # torch.compile may use cuDNN's attention, which can give NaN on Hopper (pytorch/issues/196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     mel = LogMel(config.seconds).to(config.device)
     source = open_source(config.data, mel.clip_samples)
     crops = Crops(source, mel.clip_samples, config.seed)
@@ -279,8 +280,7 @@ def parse(argv):
 
 
 def resolve(given, resumed):
-    """Returns all settings of a run, and the checkpoint that it resumes or None. given: the
-    settings of the command line. resumed: the path of the checkpoint or None."""
+    """All settings of a run from those given, and the checkpoint at the path `resumed` or None."""
     checkpoint = None if resumed is None else load_checkpoint(resumed)
     kept = checkpoint["config"] | {"out": resumed} if checkpoint else {}
     if kept and (fixed := given.keys() - MACHINE.keys()):
