@@ -170,10 +170,10 @@ def compute_features(source, indices, encoders):
 
 def standardize(reference, query):
     """Scale features (n, features) and (m, features) to mean 0 and standard deviation 1 over the
-    first set. A deviation counts as at least 5 % of a typical one (their root mean square), or a
+    first set. A deviation counts as at least 5 % of a large one (their 90th percentile), or a
     feature that is nearly constant in the first set could dominate the second."""
     std = reference.std(0, correction=0)
-    std = std.clamp(min=(0.05 * std.square().mean().sqrt()).clamp(min=1e-6))
+    std = std.clamp(min=(0.05 * std.quantile(0.9)).clamp(min=1e-6))
     return (reference - reference.mean(0)) / std, (query - reference.mean(0)) / std
 
 
