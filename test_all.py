@@ -213,9 +213,9 @@ def test_half_of_the_short_clips_are_followed_by_other_clips_until_the_crop_is_f
 
 
 def test_files_shorter_than_a_frame_are_skipped_and_reported(tmp_path, capsys):
-    write_tone(tmp_path / "good.wav", seconds=0.10641)           # 6 of them lack half a frame
-    for i in range(2):
-        write_tone(tmp_path / f"{i}.wav", seconds=0.001)
+    for i in range(9):                               # 6 good ones lack half a frame of a crop
+        write_tone(tmp_path / f"good{i}.wav", seconds=0.10641)
+        write_tone(tmp_path / f"{i % 2}.wav", seconds=0.001)
     crops = data.Crops(data.AudioFiles(tmp_path), N, seed=0)
     batches = [*data.load_batches(crops, 5, range(8), 0, False)]
     assert len(batches) == 8 and torch.cat(batches)[:, 1000:3000].square().mean(1).min() > 0.001
