@@ -820,15 +820,15 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     for name, text in (tables | {f"{clip}.wav": "" for clip in clips}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
-    source, indices, labels, parts = probe.load_labelled(str(tmp_path), N)
+    source, indices, labels, groups = probe.load_labelled(str(tmp_path), N)
     names = [source.name(i) for i in indices]
-    found = dict(zip(names, zip(labels, parts, strict=True), strict=True))
+    found = dict(zip(names, zip(labels, groups, strict=True), strict=True))
     assert found == {f"{clip}.wav": row for clip, row in clips.items() if row}
     said = capsys.readouterr().out
     assert f"2 classes such as a, b; {len(clips) - len(found)} files without a label, " in said
     assert f"{int('absent' in str(tables))} rows without a file" in said
     assert f"labels from {next(iter(tables), 'folder names')}: {len(found)} clips" in said
-    assert ("warning: no folds" in said) == ({*parts} == {None})
+    assert ("warning: no folds" in said) == ({*groups} == {None})
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -847,34 +847,35 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, name, text, says):
         probe.load_labelled(str(tmp_path), N)
 
 
-@pytest.mark.parametrize("parts, rounds", [
+@pytest.mark.parametrize("groups, rounds", [
     ([None] * 20, 5), ([*"1223"] * 5, 3), (["train"] * 9 + ["valid"] * 3 + ["test"] * 8, 1)])
-def test_the_parts_of_a_round_share_no_clip_and_every_fold_is_tested_once(parts, rounds):
-    made = probe.make_rounds(torch.eye(2).repeat(10, 1), parts)
+def test_the_parts_of_a_round_share_no_clip_and_every_fold_is_tested_once(groups, rounds):
+    made, again = (probe.make_rounds(torch.eye(2).repeat(10, 1), groups) for _ in range(2))
+    assert same(made, again), "the rounds depend on more than the labels and groups"
     tested = sum((test.tolist() for *_, test in made), [])
     assert len(made) == rounds and len(tested) == len({*tested}) == (20 if rounds > 1 else 8)
     for indices in made:
         assert sorted(torch.cat(indices).tolist()) == [*range(20)] and all(map(len, indices))
-        kinds = [{parts[i] for i in part.tolist()} for part in indices]
+        kinds = [{groups[i] for i in part.tolist()} for part in indices]
         assert rounds == 5 or not (kinds[0] | kinds[1]) & kinds[2], "a test clip is trained on"
         assert rounds > 1 or kinds == [{"train"}, {"valid"}, {"test"}]
         assert rounds < 5 or sum(i % 2 for i in indices[2].tolist()) == 2, "a class lacks in a fold"
 
 
 def test_the_built_in_sounds_have_a_class_for_each_order_and_a_fifth_of_them_tests():
-    source, indices, labels, parts = probe.load_labelled(None, 99)
+    source, indices, labels, groups = probe.load_labelled(None, 99)
     assert indices == [*range(2400)] and labels == [[c] for c in "012345"] * 400
-    assert parts == ["train"] * 1920 + ["test"] * 480 and len(next(source.windows(7, 999))) == 99
+    assert groups == ["train"] * 1920 + ["test"] * 480 and len(next(source.windows(7, 999))) == 99
 
 
-@pytest.mark.parametrize("labels, parts, says", [
+@pytest.mark.parametrize("labels, groups, says", [
     (torch.eye(2), ["train", "test"], "too few clips"), (torch.ones(9, 1), [*"123"] * 3, "classes"),
     (torch.eye(2).repeat(5, 1), [*"12121212"] + [None] * 2, "give every clip"),
     (torch.eye(2).repeat(5, 1), ["train", "test"] * 4 + ["1", "2"], "give every clip"),
     (torch.eye(2).repeat(5, 1), ["test"] * 10, "give every clip")])
-def test_what_is_too_little_to_probe_is_refused(labels, parts, says):
+def test_what_is_too_little_to_probe_is_refused(labels, groups, says):
     with pytest.raises(data.UserError, match=says):
-        probe.make_rounds(labels, parts)
+        probe.make_rounds(labels, groups)
 
 
 def test_what_may_mislead_is_printed(tmp_path, capsys):
@@ -984,7 +985,9 @@ def test_the_table_shows_what_is_known_of_each_row(
         return [*range(1, 120)], {name: x[1:] for name, x in values.items()}
 
     monkeypatch.setattr(probe, "compute_features", compute_features)
+    monkeypatch.setattr(probe, "make_rounds", mock.Mock(wraps=probe.make_rounds))
     assert probe.main([str(run.path), "--data", str(tmp_path)]) == 0
+    assert probe.make_rounds.call_args.args[1] == [*"0123" * 30][1:]
     said = capsys.readouterr().out
     assert f"{run.path}: step 3 of 3\n" in said and "untrained\n" not in said
     largest = truth[1:, :3 + several].mean(0).max()
