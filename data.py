@@ -1,6 +1,6 @@
 """Chapter 1, data: from audio files to waveforms, and from waveforms to patches.
 
-For the method alone, stop at `to_columns` and go on to masking.py. The rest turns any folder of
+For the method alone, stop at `patchify` and go on to masking.py. The rest turns any folder of
 audio into batches. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
 The letters of all shapes in this project:
@@ -87,11 +87,6 @@ class LogMel(nn.Module):
 def patchify(spectrograms):
     """Cut spectrograms (B, M, T) into patches (B, N, E), row by row. Row 0 has the lowest bands."""
     return rearrange(spectrograms, "b (row m) (column t) -> b (row column) (m t)", m=PATCH, t=PATCH)
-
-
-def to_columns(tokens):
-    """Put the 8 patches of a column side by side: tokens (B, N, D) -> (B, T', D')."""
-    return rearrange(tokens, "b (row column) d -> b column (row d)", row=ROWS)
 
 
 # ---- where clips come from ---------------------------------------------------------------------

@@ -25,6 +25,11 @@ def select(tokens, indices):
     return tokens.take_along_dim(indices[..., None], dim=1)
 
 
+def to_columns(tokens):
+    """Put the 8 patches of a column side by side: tokens (B, N, D) -> (B, T', D')."""
+    return rearrange(tokens, "b (row column) d -> b column (row d)", row=ROWS)
+
+
 def normalize(x, dim):
     """Shift and scale x to mean 0 and variance 1 along a dimension."""
     x = x - x.mean(dim, keepdim=True)

@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import (EXTENSIONS, MAX_PEAK, PATCH, ROWS, SAMPLE_RATE, BuiltInSounds, LogMel, UserError,
-                  make_output_printable, open_source, patchify, resampler, to_columns)
-from model import SIZES, Encoder
+                  make_output_printable, open_source, patchify, resampler)
+from model import SIZES, Encoder, to_columns
 
 FORMAT = "audio-jepa 5"                              # of the checkpoints
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}

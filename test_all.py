@@ -517,7 +517,7 @@ def test_a_run_has_the_weights_crops_and_masks_of_its_seed_and_a_log_mel_fitted_
         assert same(masks, [*masking.make_masks("block", 5, 3, step)]), f"step {step}: wrong masks"
 
 
-def test_the_rows_of_the_log_are_those_of_their_steps(run, capsys):
+def test_the_rows_of_the_log_are_those_of_their_steps(run):
     rows = read_rows(f"{run.path}.csv")
     for step, (row, ((_, _, hidden), output)) in enumerate(zip(rows, run.model, strict=True)):
         loss, predictions, targets = output
@@ -715,7 +715,6 @@ def bad(run):
       if name not in ("device", "workers", "log_every", "save_every"))])
 def test_what_cannot_work_is_refused_in_one_line(bad, monkeypatch, capsys, given, says):
     monkeypatch.chdir(bad)
-    monkeypatch.setitem(train.METHOD, "size", (*train.METHOD["size"][:3], model.SIZES, "of it"))
     write_tone(bad / "x.wav")
     assert train.main([part for part in re.split(" (?=--)", given) if part]) == 1
     error, = capsys.readouterr().err.splitlines()
