@@ -1,7 +1,7 @@
 """Chapter 2, masking: which patches the encoder sees, and which the predictor must predict.
 
 `make_masks` returns the indices of the visible patches (B, C) and of the hidden ones (B, K). The
-grid has 8 rows (frequency) x 16 columns (time), numbered row by row. `python masking.py` draws.
+grid has 8 rows (frequency) x 16 columns (time), numbered row by row. Run masking.py to draw masks.
 Sources: I-JEPA (arXiv 2301.08243), section 3 (blocks); Audio-JEPA (2507.02915), section 2 (random).
 """
 
