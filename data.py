@@ -178,7 +178,7 @@ class BuiltInSounds:
         return f"clip {index}"
 
     def windows(self, index, n_samples, start=0.0):
-        """Yield the clip. Notes last 1.1 to 1.5 columns, so they do not align with the patch grid."""
+        """Yield the clip. A note lasts 1.1 to 1.5 columns, so notes do not align with patches."""
         rng, time = np.random.default_rng([12, int(index)]), np.arange(self.clip_samples)
         partials, decay = self.timbres[index // 6 % 4]
         note_samples = self.clip_samples / COLUMNS * rng.uniform(1.1, 1.5)

@@ -88,7 +88,7 @@ class Layer(nn.Module):
 
 
 def init_weights(module):
-    """Xavier-uniform weights (Glorot and Bengio, AISTATS 2010) and zero biases, as in ViT and MAE."""
+    """Xavier-uniform weights (Glorot and Bengio, AISTATS 2010), zero biases, as in ViT and MAE."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
