@@ -112,10 +112,11 @@ class AudioFiles:
         self.root = os.fsencode(root)                # bytes: names need not be valid UTF-8
         paths, n_others, visited = [], 0, set()
         for folder, subfolders, names in os.walk(self.root, followlinks=True, onerror=print):
-            if os.path.realpath(folder) in visited:  # a link led here again
+            real = os.path.realpath(folder)
+            if real in visited:                      # a link led here again
                 subfolders.clear()
                 continue
-            visited.add(os.path.realpath(folder))
+            visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
             audio = sorted(name for name in names if name.lower().endswith(EXTENSIONS)
                            and not name.startswith(b"."))

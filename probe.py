@@ -172,9 +172,9 @@ def standardize(reference, query):
     """Scale features (n, features) and (m, features) to mean 0 and standard deviation 1 over the
     first set. A deviation counts as at least 5 % of a large one (their 90th percentile), or a
     feature that is nearly constant in the first set could dominate the second."""
-    std = reference.std(0, correction=0)
+    std, mean = torch.std_mean(reference, dim=0, correction=0)
     std = std.clamp(min=(0.05 * std.quantile(0.9)).clamp(min=1e-6))
-    return (reference - reference.mean(0)) / std, (query - reference.mean(0)) / std
+    return (reference - mean) / std, (query - mean) / std
 
 
 def knn_scores(reference, labels, query):
@@ -354,7 +354,7 @@ def match(rows, files, is_audioset):
     """Rows of (name, labels, group) -> {index: (labels, group)}. A row names a file by its path in
     the folder, or else by its base name, with or without extension. AudioSet: the base name starts
     with the YouTube id, or with Y and the id. files: {path: index}."""
-    by_path, by_base, matched = (collections.defaultdict(set), collections.defaultdict(set), {})
+    by_path, by_base, matched = collections.defaultdict(set), collections.defaultdict(set), {}
     for path, index in files.items():
         base = os.path.basename(path)
         for name in (path, stem(path)):
