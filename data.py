@@ -112,8 +112,7 @@ class AudioFiles:
         self.root = os.fsencode(root)                # bytes: names need not be valid UTF-8
         paths, n_others, visited = [], 0, set()
         for folder, subfolders, names in os.walk(self.root, followlinks=True, onerror=print):
-            real = os.path.realpath(folder)
-            if real in visited:                      # a link led here again
+            if (real := os.path.realpath(folder)) in visited:    # a link led here again
                 subfolders.clear()
                 continue
             visited.add(real)
