@@ -31,7 +31,7 @@ from model import SIZES, Encoder, to_columns
 
 FORMAT = "audio-jepa 5"                              # of the checkpoints
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)               # candidates for the linear probe
+L2_STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3)               # tried by the linear probe, in this order
 WINDOWS_AT_ONCE = 32                                 # windows of a clip per encoder call
 AUDIOSET = {"balanced_train_segments.csv": "train", "eval_segments.csv": "test"}
 to_nfc = functools.partial(unicodedata.normalize, "NFC")    # a Mac splits accents from letters
@@ -191,26 +191,41 @@ def binary_cross_entropy(scores, labels):
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / len(labels)
 
 
-def linear_scores(reference, labels, query, l2, loss_function):
-    """Fit one linear layer to standardised features (n, features) with labels (n, classes), by
-    L-BFGS on loss + l2 / 2 * |weights|^2. Returns the scores (m, classes) of `query`."""
-    # With L2, the optimum lies in the span of the training features, so the fit happens there.
-    basis = torch.linalg.qr(reference.T).Q           # (features, at most n)
-    reference, query = reference @ basis, query @ basis
-    weights = torch.zeros(labels.shape[1], reference.shape[1], requires_grad=True)
-    bias = torch.zeros(labels.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, tolerance_grad=1e-5,
+def fit(weights, reference, labels, l2, loss_function):
+    """The weights (classes, features + 1), the last one a bias, that minimise loss + l2 / 2 *
+    |weights without bias|^2 on features (n, features + 1), by L-BFGS from those given."""
+    weights = weights.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, history_size=10, tolerance_grad=1e-5,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        scores = F.linear(reference, weights, bias)
-        loss = loss_function(scores, labels) + l2 / 2 * weights.square().sum()
+        penalty = l2 / 2 * weights[:, :-1].square().sum()
+        loss = loss_function(reference @ weights.T, labels) + penalty
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return F.linear(query, weights, bias).detach()
+    return weights.detach()
+
+
+def linear_scores(reference, labels, query, n_valid, loss_function):
+    """Scores (m, classes) of `query` by a linear layer fitted to standardised features (n,
+    features) with labels (n, classes). Its L2 strength is the one that has the lowest loss on the
+    last n_valid clips after a fit to the others."""
+    if len(reference) < reference.shape[1]:
+        # With L2, the optimum lies in the span of the features, so the fit happens there.
+        basis = torch.linalg.qr(reference.T).Q       # (features, n)
+        reference, query = reference @ basis, query @ basis
+    reference, query = (F.pad(x, (0, 1), value=1.0) for x in (reference, query))     # for the bias
+    weights = reference.new_zeros(labels.shape[1], reference.shape[1])
+    lowest = math.inf
+    for l2 in L2_STRENGTHS:                          # each fit starts where the last one ended
+        weights = fit(weights, reference[:-n_valid], labels[:-n_valid], l2, loss_function)
+        loss = loss_function(reference[-n_valid:] @ weights.T, labels[-n_valid:])
+        if loss < lowest:                            # accuracies would tie on few clips
+            lowest, best, best_l2 = loss, weights, l2
+    return query @ fit(best, reference, labels, best_l2, loss_function).T
 
 
 def accuracy(scores, labels):
@@ -238,13 +253,9 @@ def evaluate(features, labels, rounds, several):
                     else (accuracy, F.cross_entropy))
     linear, knn = [], []
     for train, valid, test in rounds:
-        reference, query = standardize(features[train], features[valid])
-        losses = [loss(linear_scores(reference, labels[train], query, l2, loss), labels[valid])
-                  for l2 in L2_STRENGTHS]            # accuracies would tie on few clips
         both = torch.cat([train, valid])
         reference, query = standardize(features[both], features[test])
-        l2 = L2_STRENGTHS[int(np.argmin(losses))]
-        scores = linear_scores(reference, labels[both], query, l2, loss)
+        scores = linear_scores(reference, labels[both], query, len(valid), loss)
         linear.append(metric(scores, labels[test]))
         knn.append(metric(knn_scores(reference, labels[both], query), labels[test]))
     return linear, knn
@@ -433,10 +444,11 @@ def run_probe(args):
     print(f"{len(labels):,} clips, {len(classes)} classes, the largest with "
           f"{labels.mean(0).max():.0%} of the clips; {'mAP' if several else 'accuracy'} in %, mean "
           f"+- standard deviation over {len(rounds)} round(s)\n{'':10}{'linear':>15}{'kNN':>15}")
+    fits_on = "cuda" if device == "cuda" else "cpu"
     for name, x in features.items():
         print(f"{name:10}" + "".join(
             f"{100 * np.mean(scores):7.1f} +- {100 * np.std(scores):4.1f}"
-            for scores in evaluate(x, labels, rounds, several)), flush=True)
+            for scores in evaluate(x.to(fits_on), labels.to(fits_on), rounds, several)), flush=True)
 
 
 def main(argv=None):

@@ -905,11 +905,12 @@ def test_bands_without_sound_in_training_do_not_drown_the_others():
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, probe.binary_cross_entropy])
-def test_the_linear_probe_ends_where_the_gradient_on_the_training_clips_is_zero(loss):
+def test_the_linear_probe_ends_where_the_gradient_on_the_training_clips_is_zero(loss, monkeypatch):
     x, labels = torch.randn(60, 5), torch.eye(3).repeat(20, 1)
     labels[::2, 0] = labels[::2, 0] if loss is F.cross_entropy else 1
     units = torch.cat([torch.zeros(1, 5), torch.eye(5)])
-    scores = probe.linear_scores(x, labels, torch.cat([x, units]), 0.1, loss)
+    monkeypatch.setattr(probe, "L2_STRENGTHS", [0.1])
+    scores = probe.linear_scores(x, labels, torch.cat([x, units]), 12, loss)
     p = scores[:60].softmax(1) if loss is F.cross_entropy else scores[:60].sigmoid()
     gradient = x.T @ (p - labels) / 60 + 0.1 * (scores[61:] - scores[60])
     assert gradient.abs().max() < 2e-4 and (p - labels).mean(0).abs().max() < 2e-4
@@ -945,24 +946,30 @@ def test_average_precision_by_a_slow_loop_with_ties():
 
 
 def test_the_regularisation_is_chosen_on_the_valid_clips_alone(monkeypatch):
-    x, labels, loss = torch.randn(90, 20), torch.eye(2).repeat(45, 1), F.cross_entropy
-    x[:60, 0] += 2 * labels[:60, 0]                  # a rule that does not hold for the test clips
-    train_part, *others = torch.arange(90).split(30)
+    x, labels, loss = torch.randn(90, 120), torch.eye(2).repeat(45, 1), F.cross_entropy
+    x[:60, 0] += 9 * labels[:60, 0]                  # a rule that does not hold for the test clips
+    train_part, valid, test = torch.arange(90).split(30)
+    reference, query = probe.standardize(x[:60], x[60:])
+    scaled = torch.cat([reference, query])
 
-    def loss_of(l2, part):
-        reference, query = probe.standardize(x[train_part], x[part])
-        scores = probe.linear_scores(reference, labels[train_part], query, l2, loss)
-        return loss(scores, labels[part])
+    def best(part):                                  # without a basis, each fit from zero
+        losses = []
+        for l2 in probe.L2_STRENGTHS:
+            weights = probe.fit(torch.zeros(2, 121), F.pad(scaled[:30], (0, 1), value=1),
+                                labels[:30], l2, loss)
+            scores = F.pad(scaled[part], (0, 1), value=1) @ weights.T
+            losses.append(loss(scores, labels[part]))
+        return probe.L2_STRENGTHS[np.argmin(losses)]
 
-    best = [min(probe.L2_STRENGTHS, key=lambda l2, part=part: loss_of(l2, part)) for part in others]
-    fit, knn = mock.Mock(wraps=probe.linear_scores), mock.Mock(wraps=probe.knn_scores)
-    monkeypatch.setattr(probe, "linear_scores", fit)
+    fit, knn = mock.Mock(wraps=probe.fit), mock.Mock(wraps=probe.knn_scores)
     monkeypatch.setattr(probe, "knn_scores", knn)
-    probe.evaluate(x, labels, [(train_part, *others)], several=False)
-    assert fit.call_args.args[3] == best[0] != best[1], "chosen on the test clips"
-    both = probe.standardize(x[:60], x[60:])
-    assert same(fit.call_args.args[::2][:2], both), "not fitted on the clips of train and valid"
-    assert same(knn.call_args.args[::2], both), "the clips of train and valid do not all vote"
+    expected = best(valid)
+    assert expected != best(test)
+    monkeypatch.setattr(probe, "fit", fit)
+    probe.evaluate(x, labels, [(train_part, valid, test)], several=False)
+    assert [len(call.args[1]) for call in fit.call_args_list] == [30] * 4 + [60]
+    assert fit.call_args.args[3] == expected, "chosen on the test clips"
+    assert same(knn.call_args.args[::2], (reference, query)), "valid clips do not vote"
 
 
 @pytest.mark.parametrize("several, metric, chance", [(0, "accuracy", 0.48), (1, "mAP", 0.65)])
