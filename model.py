@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from data import COLUMNS, PATCH, ROWS
 
-SIZES = {"tiny": (192, 4), "small": (384, 12), "base": (768, 12)}   # width D, layers; base is ViT-B
+SIZES = {"tiny": (192, 4), "small": (384, 4), "base": (768, 12)}    # width D, layers; base is ViT-B
 HEAD_WIDTH = 64                                                     # of the encoder
 TARGETS, POSITIONS = ("last", "all"), ("fixed", "rotary")
 
