@@ -362,10 +362,12 @@ def stem(path):
 
 
 def match(rows, files, is_audioset):
-    """Rows of (name, labels, group) -> {index: (labels, group)}. A row names a file by its path in
-    the folder, or else by its base name, with or without extension. AudioSet: the base name starts
-    with the YouTube id, or with Y and the id. files: {path: index}."""
-    by_path, by_base, matched = collections.defaultdict(set), collections.defaultdict(set), {}
+    """Rows of (name, labels, group) -> {index: (labels, group)}, and the names of rows without a
+    file or a label. A row names a file by its path in the folder, or else by its base name, with or
+    without extension. AudioSet: the base name starts with the YouTube id, or with Y and the id.
+    files: {path: index}."""
+    by_path, by_base = collections.defaultdict(set), collections.defaultdict(set)
+    matched, unused = {}, []
     for path, index in files.items():
         base = os.path.basename(path)
         for name in (path, stem(path)):
@@ -377,8 +379,11 @@ def match(rows, files, is_audioset):
                       if key in table), set())
         if len(found) > 1 or matched.keys() & found:
             raise UserError(f"{name!r} fits several files, or a file that another row has")
-        matched |= {index: (labels, group) for index in found if labels}
-    return matched
+        if found and labels:
+            matched |= {index: (labels, group) for index in found}
+        else:
+            unused.append(name)
+    return matched, unused
 
 
 def load_labelled(folder, clip_samples):
@@ -394,7 +399,7 @@ def load_labelled(folder, clip_samples):
     used = found[0] if found else "folder names"
     rows = (from_folders(files) if not found else from_audioset(folder) if used in AUDIOSET
             else from_table(os.path.join(folder, used)))
-    matched = match(rows, files, used in AUDIOSET)
+    matched, unused = match(rows, files, used in AUDIOSET)
     if not matched:
         raise UserError(f"{folder}: no label fits an audio file; labels from {used}, such as "
                         f"{rows[:1]}; files such as {next(iter(files))!r}")
@@ -402,7 +407,7 @@ def load_labelled(folder, clip_samples):
     classes = one_hot(labels)[1]
     print(f"labels from {used}: {len(matched):,} clips, {len(classes)} classes such as "
           f"{', '.join(classes[:4])}; {len(files) - len(matched):,} files without a label, "
-          f"{len(rows) - len(matched):,} rows without a file or a class")
+          f"{len(unused):,} rows without a file or a class {unused[:3] or ''}")
     if len({name.lower() for name in classes}) < len(classes):
         print("warning: some classes differ only in upper and lower case")
     if {*groups} == {None}:
@@ -440,10 +445,11 @@ def run_probe(args):
     if len(read) < len(indices):
         labels, classes = one_hot([names[i] for i in read])
         rounds = make_rounds(labels, [groups[i] for i in read])
-    several = bool((labels.sum(1) != 1).any())       # labels per clip
+    several = int((labels.sum(1) > 1).sum())         # clips with several labels
+    metric = f"{several:,} have several labels; mAP" if several else "accuracy"
     print(f"{len(labels):,} clips, {len(classes)} classes, the largest with "
-          f"{labels.mean(0).max():.0%} of the clips; {'mAP' if several else 'accuracy'} in %, mean "
-          f"+- standard deviation over {len(rounds)} round(s)\n{'':10}{'linear':>15}{'kNN':>15}")
+          f"{labels.mean(0).max():.0%} of the clips; {metric} in %, mean +- standard deviation "
+          f"over {len(rounds)} round(s)\n{'':10}{'linear':>15}{'kNN':>15}")
     fits_on = "cuda" if device == "cuda" else "cpu"
     for name, x in features.items():
         print(f"{name:10}" + "".join(

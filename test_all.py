@@ -825,7 +825,9 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     assert found == {f"{clip}.wav": row for clip, row in clips.items() if row}
     said = capsys.readouterr().out
     assert f"2 classes such as a, b; {len(clips) - len(found)} files without a label, " in said
-    assert f"{int('absent' in str(tables))} rows without a file" in said
+    unused = re.search(r"(\d) rows without a file or a class(.*)", said).groups()
+    assert unused[0] == str(int("absent" in str(tables))) and (unused[0] == "1") == (
+        "absent" in unused[1])
     assert f"labels from {next(iter(tables), 'folder names')}: {len(found)} clips" in said
     assert ("warning: no folds" in said) == ({*groups} == {None})
 
@@ -999,6 +1001,7 @@ def test_the_table_shows_what_is_known_of_each_row(
     largest = truth[1:, :3 + several].mean(0).max()
     assert f"119 clips, {3 + several} classes, the largest with {largest:.0%} of the clips" in said
     assert f"{metric} in %" in said and "over 4 round(s)" in said
+    assert several == ("; 60 have several labels; " in said)
     for name in values:
         low, high = (20, 100 * chance) if name == "log-mel" else (99, 100)
         shown, = re.findall(rf"(?m)^{name} +([\d.]+) \+- +[\d.]+ +([\d.]+) \+-", said)
