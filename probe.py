@@ -218,14 +218,13 @@ def linear_scores(reference, labels, query, n_valid, loss_function):
         basis = torch.linalg.qr(reference.T).Q       # (features, n)
         reference, query = reference @ basis, query @ basis
     reference, query = (F.pad(x, (0, 1), value=1.0) for x in (reference, query))     # for the bias
-    weights = reference.new_zeros(labels.shape[1], reference.shape[1])
-    lowest = math.inf
+    weights, tried = reference.new_zeros(labels.shape[1], reference.shape[1]), []
     for l2 in L2_STRENGTHS:                          # each fit starts where the last one ended
         weights = fit(weights, reference[:-n_valid], labels[:-n_valid], l2, loss_function)
         loss = loss_function(reference[-n_valid:] @ weights.T, labels[-n_valid:])
-        if loss < lowest:                            # accuracies would tie on few clips
-            lowest, best, best_l2 = loss, weights, l2
-    return query @ fit(best, reference, labels, best_l2, loss_function).T
+        tried.append((loss.item(), l2, weights))     # accuracies would tie on few clips
+    _, l2, weights = min(tried)
+    return query @ fit(weights, reference, labels, l2, loss_function).T
 
 
 def accuracy(scores, labels):
