@@ -3,11 +3,11 @@
 For the method alone, stop at `patchify` and go on to masking.py. The rest turns any folder of
 audio into batches. Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
-The letters of all shapes in this project:
-    B   clips of a batch             S   samples of a clip, at 32 kHz
+Letters in all shapes:
+    B   clips per batch              S   samples per clip, at 32 kHz
     M   mel bands (128)              T   frames of a spectrogram (256)
-    N   patches of a clip (128)      E   values of a patch (16 bands x 16 frames = 256)
-    C   visible patches of a clip    K   hidden patches of a clip
+    N   patches per clip (128)       E   values per patch (16 bands x 16 frames = 256)
+    C   visible patches per clip     K   hidden patches per clip
     D   width of the encoder         P   width of the predictor
     T'  columns of patches           D'  = 8 D, the 8 patches of a column side by side
 """
@@ -35,11 +35,11 @@ N_PATCHES = ROWS * COLUMNS
 MEL_FLOOR = 1e-6                      # added before the logarithm: about the noise of a quiet room
 EXTENSIONS = (b".wav", b".flac", b".ogg", b".opus", b".mp3", b".aif", b".aiff")
 PATIENCE = 20                         # failures in a row that stop a run
-MAX_PEAK = 100                        # larger floats are no audio (-1 to 1), perhaps integers
+MAX_PEAK = 100                        # audio is -1 to 1; larger floats may be unscaled integers
 
 
 class UserError(Exception):
-    """A problem that the user can solve, told in one line. Any function here may raise it."""
+    """An error that the user can fix, with a one-line message. Any function may raise it."""
 
 
 # ---- from waveforms to patches -----------------------------------------------------------------
@@ -56,7 +56,7 @@ class LogMel(nn.Module):
         self.hop = round(seconds * SAMPLE_RATE / N_FRAMES)
         self.clip_samples = N_FRAMES * self.hop                                     # S
         window = torch.hann_window(int(2.5 * self.hop))
-        self.n_fft = max(1024, 2 ** math.ceil(math.log2(len(window))))  # fewer: empty bands
+        self.n_fft = max(1024, 2 ** math.ceil(math.log2(len(window))))  # below 1024: empty bands
         filters = torchaudio.functional.melscale_fbanks(
             self.n_fft // 2 + 1, 20, SAMPLE_RATE // 2, N_MELS, SAMPLE_RATE, mel_scale="slaney")
         # Division by the window's L2 norm gives noise the same level at every window length.
@@ -71,7 +71,7 @@ class LogMel(nn.Module):
             spectrum = torch.stft(waveforms, self.n_fft, self.hop, len(self.window), self.window,
                                   pad_mode="constant", return_complex=True)
             power = spectrum.real.square() + spectrum.imag.square()       # (B, frequencies, frames)
-            frames = math.ceil(waveforms.shape[1] / self.hop)  # torch returns one extra
+            frames = math.ceil(waveforms.shape[1] / self.hop)  # torch returns one more
             return (self.filters @ power + MEL_FLOOR).log()[..., :frames]
 
     def forward(self, waveforms):
@@ -94,8 +94,8 @@ def patchify(spectrograms):
 
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
-    """A module that resamples (..., samples) from `rate` Hz to 32 kHz. Refuses kernels of over 4
-    million weights: 44,100 Hz takes 0.1 million, 44,101 Hz 1,400 million."""
+    """A module that resamples (..., samples) from `rate` Hz to 32 kHz. Refuses rates whose kernel
+    exceeds 4 million weights (44,100 Hz: 0.1 million; 44,101 Hz: 1,400 million)."""
     common = math.gcd(rate, SAMPLE_RATE)
     if rate < 1_000 or rate // common * (SAMPLE_RATE // common) > 4_000_000:
         raise UserError(f"cannot resample {rate} Hz; convert it to {SAMPLE_RATE} Hz")
@@ -103,8 +103,8 @@ def resampler(rate):
 
 
 class AudioFiles:
-    """The audio files below a folder, in the same order on every machine. Links are followed,
-    hidden files and folders are skipped."""
+    """The audio files below a folder, in the same order on every machine. Follows links; skips
+    hidden files and folders."""
 
     def __init__(self, root):
         if not os.path.isdir(root):
@@ -165,7 +165,7 @@ class BuiltInSounds:
         ({1: 1.0}, 0), ({1: 1.0, 2.76: 0.7, 5.4: 0.5, 8.93: 0.4}, 30),
         ({k: k ** -0.5 for k in (1, 3, 5, 7, 9)}, 0), ({k: k ** -0.5 for k in range(1, 11)}, 0)]
     orders = np.array([(0, *rest) for rest in itertools.permutations((5, 10, 15))])    # semitones
-    labels = np.arange(2400) % 6                     # of clip i: which order it has
+    labels = np.arange(2400) % 6                     # the order of clip i
     fingerprint = "built-in sounds"
 
     def __init__(self, clip_samples):
@@ -211,11 +211,11 @@ def epoch_order(seed, epoch, n_clips):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Random crops (S,) of a source's clips. Each epoch takes one of every clip, in a new order.
+    """Random crops (S,) of a source's clips. Each epoch takes one of each clip, in a new order.
     Crop i depends only on (source, seed, i), so resuming is exact, with any number of workers.
 
-    A short clip is followed by random other clips with probability 1/2, else by silence. With
-    silence alone the encoder mostly learns where the sound ends."""
+    With probability 1/2 random other clips follow a short clip, else silence. With silence only,
+    the encoder mostly learns where the sound ends."""
 
     def __init__(self, source, n_samples, seed):
         self.source, self.n_samples, self.seed, self.reported = source, n_samples, seed, set()
@@ -224,7 +224,7 @@ class Crops(torch.utils.data.Dataset):
         """Crop i before padding (at most S,), and one line for each file that could not be read."""
         epoch, position = divmod(i, len(self.source))
         index = int(epoch_order(self.seed, epoch, len(self.source))[position])
-        rng = np.random.default_rng([self.seed, 1 << 32, i])     # unlike any epoch's
+        rng = np.random.default_rng([self.seed, 1 << 32, i])     # not those of epoch_order
         fill = rng.random() < 0.5 and fill
         crop, failed = torch.zeros(0), []
         while len(failed) < PATIENCE:
@@ -264,7 +264,7 @@ def collate(crops):
 
 
 def load_batches(crops, batch_size, steps, workers, pin_memory):
-    """Yield the waveforms (B, S) of each step of a range. Prints the files that failed."""
+    """Yield the waveforms (B, S) of each step in `steps`, a range. Prints the files that failed."""
     loader = torch.utils.data.DataLoader(
         crops, batch_size, sampler=range(steps.start * batch_size, steps.stop * batch_size),
         num_workers=workers, collate_fn=collate, pin_memory=pin_memory)
@@ -276,5 +276,5 @@ def load_batches(crops, batch_size, steps, workers, pin_memory):
 
 def make_output_printable():
     """Let print() write any file name, to any terminal or pipe."""
-    if hasattr(sys.stdout, "reconfigure"):           # not in a notebook, nor if stdout is closed
+    if hasattr(sys.stdout, "reconfigure"):           # missing in notebooks and if stdout is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from data import COLUMNS, PATCH, ROWS
 
 SIZES = {"tiny": (192, 4), "small": (384, 4), "base": (768, 12)}    # width D, layers; base is ViT-B
-HEAD_WIDTH = 64                                                     # of the encoder
+HEAD_WIDTH = 64                       # width of a head of the encoder
 TARGETS, POSITIONS = ("last", "all"), ("fixed", "rotary")
 
 
 def select(tokens, indices):
-    """Select from the tokens (B, N, any) of each clip those at its indices (B, n)."""
+    """For each clip, select the tokens (B, N, any) at its indices (B, n)."""
     return tokens.take_along_dim(indices[..., None], dim=1)
 
 
@@ -37,8 +37,8 @@ def normalize(x, dim):
 
 
 def sincos_positions(width):
-    """Fixed position embeddings (N, width), because attention ignores order: sines and cosines of
-    the row in the first half, of the column in the second.
+    """Fixed position embeddings (N, width), because attention alone ignores order: sines and
+    cosines of the row in the first half, of the column in the second.
     Source: Attention is all you need (arXiv 1706.03762), 3.5; for images: MAE (2111.06377)."""
     frequencies = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
     grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS))          # (N, 2)
@@ -47,8 +47,8 @@ def sincos_positions(width):
 
 
 def rotations(width, positions):
-    """Cosines and sines (N, 2, width / 2) of the angles that rotate the queries and keys of each
-    patch in attention, for heads of this width. With "fixed" positions all angles are 0.
+    """Cosines and sines (N, 2, width / 2) of the angles by which attention rotates the queries and
+    keys of each patch; width is that of a head. With "fixed" positions all angles are 0.
 
     Not in the paper: "rotary" angles grow with the column of a patch, so q . k depends on the
     distance in time, and one layer can attend to "one note ago" anywhere in the clip.
@@ -60,8 +60,8 @@ def rotations(width, positions):
 
 
 def rotate(x, rotation):
-    """Rotate queries or keys x (B, h, n, d) by (B or 1, n, 2, d / 2). Value i of the first half and
-    value i of the second half are the coordinates of a point."""
+    """Rotate queries or keys x (B, h, n, d) by (B or 1, n, 2, d / 2). Values i of the two halves
+    are the coordinates of a point."""
     cos, sin = rotation[:, None].to(x.dtype).unbind(-2)                             # (B, 1, n, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -96,7 +96,7 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) of the visible ones alone. Hidden
+    """A ViT: patches (B, N, E) -> latents (B, N, D), or (B, C, D) if `visible` is given. Hidden
     patches are left out, as in MAE (arXiv 2111.06377), so the encoder never sees a mask token."""
 
     def __init__(self, width, n_layers, positions):
@@ -182,6 +182,7 @@ class AudioJEPA(nn.Module):
         Source: data2vec 2.0 (arXiv 2212.07525), 3.3, and EAT (2401.03497), 3.3."""
         if self.target_layers == "last":
             return normalize(self.target_encoder(patches).float(), dim=2)           # over features
+        assert self.target_layers == "all", self.target_layers
         outputs = self.target_encoder.layer_outputs(patches)
         total = sum(normalize(output.float(), dim=1) for output in outputs)         # over patches
         return normalize(total, dim=2)                                              # over features

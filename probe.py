@@ -1,12 +1,12 @@
 """Chapter 5, the probe: what did the encoder learn?
 
 Prints how well a linear classifier and kNN do on frozen features of labelled audio. Baselines: the
-log-mel, and the untrained encoder with which the run began. On the built-in sounds compare kNN; the
-linear probe solves them even untrained.
+log-mel, and the run's encoder before training. On the built-in sounds compare kNN; the linear probe
+solves them even with an untrained encoder.
 Sources: linear probes, arXiv 1610.01644; kNN, X-ARES (2505.16369); mAP, AudioSet (1609.09430).
 
     python probe.py ckpt.pt                       on the training data, if it has labels
-    python probe.py ckpt.pt --data ESC-50-master  the README lists the layouts of labelled folders
+    python probe.py ckpt.pt --data ESC-50         label formats: README
     python probe.py ckpt.pt --data FOLDER --vectors out.npz     one vector per file; needs no labels
 """
 
@@ -66,7 +66,7 @@ def check_finite(where, tensors):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint, on the CPU. Executes nothing in the file."""
+    """The content of a checkpoint, on the CPU. Runs no code from the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                       # a damaged file can raise anything
@@ -91,7 +91,7 @@ class FrozenEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         with torch.random.fork_rng(devices=[]):      # leaves the caller's random numbers alone
-            torch.manual_seed(config["seed"])        # the weights with which the run began
+            torch.manual_seed(config["seed"])        # repeats the run's initial weights
             self.vit = Encoder(*SIZES[config["size"]], config["positions"])
         self.mel = LogMel(config["seconds"])
         self.config = config
@@ -170,16 +170,16 @@ def compute_features(source, indices, encoders):
 
 def standardize(reference, query):
     """Scale features (n, features) and (m, features) to mean 0 and standard deviation 1 over the
-    first set. A deviation counts as at least 5 % of a large one (their 90th percentile), or a
-    feature that is nearly constant in the first set could dominate the second."""
+    first set. Deviations are at least 5 % of their 90th percentile: otherwise a feature that is
+    nearly constant in the first set could dominate the second."""
     std, mean = torch.std_mean(reference, dim=0, correction=0)
     std = std.clamp(min=(0.05 * std.quantile(0.9)).clamp(min=1e-6))
     return (reference - mean) / std, (query - mean) / std
 
 
 def knn_scores(reference, labels, query):
-    """Votes (m, classes) of the 10 nearest clips in `reference` (n, features), by cosine, for each
-    clip of `query` (m, features), weighted by softmax(similarity / 0.07).
+    """For each clip of `query` (m, features), the votes (m, classes) of its 10 nearest clips in
+    `reference` (n, features) by cosine, weighted by softmax(similarity / 0.07).
     Source: X-ARES, 2505.16369."""
     similarity = F.normalize(query, dim=1) @ F.normalize(reference, dim=1).T        # (m, n)
     nearest, indices = similarity.topk(min(10, len(reference)))
@@ -192,8 +192,8 @@ def binary_cross_entropy(scores, labels):
 
 
 def fit(weights, reference, labels, l2, loss_function):
-    """The weights (classes, features + 1), the last one a bias, that minimise loss + l2 / 2 *
-    |weights without bias|^2 on features (n, features + 1), by L-BFGS from those given."""
+    """Minimise loss + l2 / 2 * |weights without bias|^2 by L-BFGS, starting at `weights` (classes,
+    features + 1), of which the last is the bias. reference: (n, features + 1)."""
     weights = weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, history_size=10, tolerance_grad=1e-5,
                                   line_search_fn="strong_wolfe")
@@ -222,7 +222,7 @@ def linear_scores(reference, labels, query, n_valid, loss_function):
     for l2 in L2_STRENGTHS:                          # each fit starts where the last one ended
         weights = fit(weights, reference[:-n_valid], labels[:-n_valid], l2, loss_function)
         loss = loss_function(reference[-n_valid:] @ weights.T, labels[-n_valid:])
-        tried.append((loss.item(), l2, weights))     # accuracies would tie on few clips
+        tried.append((loss.item(), l2, weights))     # accuracies tie on few clips
     _, l2, weights = min(tried)
     return query @ fit(weights, reference, labels, l2, loss_function).T
 
@@ -246,8 +246,8 @@ def mean_average_precision(scores, labels):
 
 
 def evaluate(features, labels, rounds, several):
-    """Both probes on features (n, features) with labels (n, classes): the metric of every round, a
-    list for linear and one for kNN. several: whether clips have several labels (mAP)."""
+    """Run both probes on features (n, features) with labels (n, classes). Returns two lists, linear
+    and kNN, with the metric of each round. several: whether clips have several labels (mAP)."""
     metric, loss = ((mean_average_precision, binary_cross_entropy) if several
                     else (accuracy, F.cross_entropy))
     linear, knn = [], []
@@ -419,7 +419,7 @@ def load_labelled(folder, clip_samples):
 
 
 def run_probe(args):
-    """What the command does."""
+    """Run the command."""
     if args.vectors and (os.path.exists(args.vectors) or
                          not os.path.isdir(os.path.dirname(args.vectors) or ".")):
         raise UserError(f"--vectors {args.vectors}: choose a new file in an existing folder")
@@ -439,7 +439,7 @@ def run_probe(args):
         return
     source, indices, names, groups = load_labelled(folder, encoder.mel.clip_samples)
     labels, classes = one_hot(names)
-    rounds = make_rounds(labels, groups)             # refuses before the features take an hour
+    rounds = make_rounds(labels, groups)             # fails before the features take an hour
     read, features = compute_features(source, indices, encoders)
     if len(read) < len(indices):
         labels, classes = one_hot([names[i] for i in read])

@@ -4,7 +4,7 @@ Reads a folder of audio (--data) or the built-in sounds. Writes a checkpoint for
 --resume, and a log beside it (.csv). Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, on built-in sounds
-    python train.py --data /path/audioset        the paper's run on a GPU, a laptop's elsewhere
+    python train.py --data /path/audioset        recipe `paper` on a GPU, else `laptop`
 """
 
 import argparse
@@ -37,9 +37,9 @@ METHOD = {                            # --resume keeps these
     "positions": ("rotary", "rotary", "fixed", POSITIONS, "rotary: in addition to the fixed ones"),
     "targets": ("all", "all", "last", TARGETS, "layers of the target encoder to predict"),
     "ema": (0.99, 0.995, 0.996, float, "momentum of the target encoder at the start; it ends at 1"),
-    "optimizer": ("muon", "muon", "adamw", ("muon", "adamw"), "of the layers' matrices"),
+    "optimizer": ("muon", "muon", "adamw", ("muon", "adamw"), "for the matrices of the layers"),
     "lr": (0.01, 0.005, 3e-4, float, "peak learning rate"),
-    "warmup": (0.05, 0.05, 0.01, float, "share of the run in which the learning rate rises"),
+    "warmup": (0.05, 0.05, 0.01, float, "rise of the learning rate, as a share of the run"),
     "batch_size": (16, 16, 256, int, "clips per step"),
     "steps": (1000, 2000, 100_000, int, "length of the run; every schedule depends on it"),
     "seed": (0, int, "random seed"),
@@ -78,9 +78,9 @@ def ema_momentum(step, config):
 
 def make_optimizers(jepa, config):
     """Two optimisers: one for the matrices of the layers, with weight decay, and one for all other
-    weights, without. The learning rate of each is `share` times that of the run.
+    weights, without. The learning rate of each is `share` * lr.
 
-    Not in the paper: Muon, where the paper has AdamW for all weights. Muon sets all singular values
+    Not in the paper, which uses AdamW for all weights: Muon. It sets all singular values
     of an update to about 1, so weak directions learn as fast as strong ones such as loudness. It is
     meant for hidden-layer matrices; AdamW trains the rest, at a tenth of the rate.
     Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); AdamW, arXiv 1711.05101."""
@@ -217,7 +217,7 @@ class Run:
 
 def set_up(config, checkpoint):
     """A run at its first step, or where a checkpoint left it."""
-    torch.manual_seed(config.seed)                   # for the weights; all else has generators
+    torch.manual_seed(config.seed)                   # for the weights; the rest has generators
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
     # torch.compile may use cuDNN's attention, which can give NaN on Hopper (pytorch/issues/196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -247,12 +247,12 @@ def set_up(config, checkpoint):
 
 
 def save(run):
-    """Write the checkpoint to a temporary file, then rename it: the old one stays until then."""
+    """Write the checkpoint to a temporary file, then rename it: a complete one always exists."""
     check_finite(f"at step {run.step}", run.jepa.parameters())
     content = {"format": FORMAT, "config": vars(run.config), "step": run.step,
                "log": run.log.rows, "fingerprint": run.crops.source.fingerprint}
     content |= {name: part.state_dict() for name, part in run.parts().items()}
-    path = os.path.realpath(run.config.out)          # a link stays, its target is written
+    path = os.path.realpath(run.config.out)          # write through a link
     try:
         torch.save(content, path + ".tmp")
         os.replace(path + ".tmp", path)
@@ -265,7 +265,7 @@ def save(run):
 
 
 def parse(argv):
-    """The command line -> a dictionary of the settings that were given there."""
+    """The command line -> a dictionary of the settings given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, epilog="In brackets: sounds / laptop / paper, or all.")
@@ -323,7 +323,7 @@ def main(argv=None):
         print("\n".join(f"{name:11} {value}" for name, value in vars(config).items()), flush=True)
         with contextlib.nullcontext() if config.out == resumed else claimed(config.out):
             new_run = set_up(config, checkpoint)
-            save(new_run)                            # fails now if it cannot be written
+            save(new_run)                            # fails early if it cannot be written
         run = new_run
         train(run)
     except (UserError, OSError) as error:
