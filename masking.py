@@ -17,9 +17,8 @@ N_BLOCKS, BLOCK_COLUMNS = 4, 2        # blocks of 8 x 2 patches: half of the gri
 def block_masks(n_clips, rng):
     """Hide four blocks, each two columns wide and full height; they may touch but not overlap.
 
-    Not in the paper, which masks random patches. Those, like I-JEPA's blocks, can be interpolated
-    from visible patches of the same moment; full-height blocks cannot.
-    Returns: (B, N), True where a patch is hidden."""
+    Not in the paper, which masks random patches. These, like I-JEPA's blocks, can be interpolated
+    from the same moment; full-height blocks cannot. Returns: (B, N), True where hidden."""
     # Shuffle 12 slots: 4 become hidden blocks of two columns, 8 become single visible columns.
     # slots .?..?...??..  ->  columns .??..??...????..
     n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
