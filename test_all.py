@@ -36,7 +36,7 @@ TOY = dict(size="toy", seconds=0.64, mask="block", targets="all", positions="rot
            warmup=0.05, optimizer="muon", batch_size=5, steps=3, lr=0.01, seed=3, device="cpu",
            amp="off", workers=0, log_every=1, save_every=1)
 KINDS = [(targets, positions) for targets in model.TARGETS for positions in model.POSITIONS]
-model.SIZES["toy"] = 64, 2                           # an encoder small enough to test by hand
+model.SIZES["toy"] = 64, 3                           # an encoder small enough to test by hand
 signal.signal(signal.SIGINT, signal.default_int_handler)         # nohup has it ignored
 
 
