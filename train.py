@@ -219,8 +219,6 @@ def set_up(config, checkpoint):
     """A run at its first step, or where a checkpoint left it."""
     torch.manual_seed(config.seed)                   # weights; all else has its own generator
     torch.set_float32_matmul_precision("high")       # TF32 on CUDA
-    # torch.compile may use cuDNN's attention, which can give NaN on Hopper (pytorch/issues/196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     mel = LogMel(config.seconds).to(config.device)
     source = open_source(config.data, mel.clip_samples)
     crops = Crops(source, mel.clip_samples, config.seed)
