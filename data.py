@@ -138,7 +138,7 @@ class AudioFiles:
 
     def windows(self, index, n_samples, start=0.0):
         """Yield consecutive windows (n_samples,) of a file, mono at 32 kHz; the last may be short.
-        start: where the first begins, from 0 (file start) to 1 (the last whole window)."""
+        start: where the first begins, from 0 (file start) to below 1 (the last whole window)."""
         try:
             with soundfile.SoundFile(os.path.join(self.root, bytes(self.paths[index]))) as file:
                 resample = resampler(file.samplerate)
@@ -214,8 +214,8 @@ class Crops(torch.utils.data.Dataset):
     """Random crops (S,) of a source's clips. Each epoch takes one of each clip, in a new order.
     Crop i depends only on (source, seed, i), so resuming is exact, with any number of workers.
 
-    With probability 1/2 random other clips follow a short clip, else silence. With silence only,
-    the encoder mostly learns where the sound ends."""
+    With probability 1/2 a short clip is filled with random other clips, else padded with silence.
+    With silence only, the encoder mostly learns where the sound ends."""
 
     def __init__(self, source, n_samples, seed):
         self.source, self.n_samples, self.seed, self.reported = source, n_samples, seed, set()
@@ -224,7 +224,7 @@ class Crops(torch.utils.data.Dataset):
         """Crop i before padding (at most S,), and one line for each file that could not be read."""
         epoch, position = divmod(i, len(self.source))
         index = int(epoch_order(self.seed, epoch, len(self.source))[position])
-        rng = np.random.default_rng([self.seed, 1 << 32, i])     # not those of epoch_order
+        rng = np.random.default_rng([self.seed, 1 << 32, i])     # independent of epoch_order
         fill = rng.random() < 0.5 and fill
         crop, failed = torch.zeros(0), []
         while len(failed) < PATIENCE:

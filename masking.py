@@ -17,8 +17,8 @@ N_BLOCKS, BLOCK_COLUMNS = 4, 2        # blocks of 8 x 2 patches: half of the gri
 def block_masks(n_clips, rng):
     """Hide four blocks, each two columns wide and full height; they may touch but not overlap.
 
-    Not in the paper, which masks random patches. These, like I-JEPA's blocks, can be interpolated
-    from the same moment; full-height blocks cannot. Returns: (B, N), True where hidden."""
+    Not in the paper: it masks random patches. They, like I-JEPA's blocks, can be interpolated from
+    the same moment; full-height blocks cannot. Returns: (B, N), True where hidden."""
     # Shuffle 12 slots: 4 become hidden blocks of two columns, 8 become single visible columns.
     # slots .?..?...??..  ->  columns .??..??...????..
     n_slots = COLUMNS - N_BLOCKS * (BLOCK_COLUMNS - 1)
@@ -38,7 +38,7 @@ MASKS = {"block": block_masks, "random": random_masks}
 
 
 def make_masks(kind, n_clips, seed, step):
-    """The masks of one step, a pure function of (seed, step). Every patch is in one of them.
+    """The masks of one step, a pure function of (seed, step). Every patch is in exactly one.
     Returns: visible (B, C), hidden (B, K), int64 patch indices."""
     is_hidden = MASKS[kind](n_clips, np.random.default_rng([seed, step]))
     n_hidden = is_hidden.sum(axis=1)

@@ -60,8 +60,8 @@ def rotations(width, positions):
 
 
 def rotate(x, rotation):
-    """Rotate queries or keys x (B, h, n, d) by (B or 1, n, 2, d / 2). Values i of the two halves
-    are the coordinates of a point."""
+    """Rotate queries or keys x (B, h, n, d) by (B or 1, n, 2, d / 2). Value i of each half is a
+    coordinate of point i."""
     cos, sin = rotation[:, None].to(x.dtype).unbind(-2)                             # (B, 1, n, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -85,8 +85,8 @@ class FrozenEncoder(nn.Module):
     """Waveforms in, embeddings out: one of `output_dim` values (D') every `hop_seconds`.
 
     An embedding concatenates the 8 patches of a column, because their average would mix low and
-    high frequencies (Riou et al., arXiv 2405.08679). Unlike `--targets all` it is taken after
-    the final norm; the last layer probes better than earlier ones or the sum."""
+    high frequencies (Riou et al., arXiv 2405.08679). It is taken after the final norm, unlike
+    `--targets all`: the last layer probes better than earlier ones or their sum."""
 
     def __init__(self, config):
         super().__init__()
@@ -211,8 +211,8 @@ def fit(weights, reference, labels, l2, loss_function):
 
 def linear_scores(reference, labels, query, n_valid, loss_function):
     """Scores (m, classes) of `query` by a linear layer fitted to standardised features (n,
-    features) with labels (n, classes). Its L2 strength is the one that has the lowest loss on the
-    last n_valid clips after a fit to the others."""
+    features) with labels (n, classes). The L2 strength is chosen by the loss on the last n_valid
+    clips after a fit to the others."""
     if len(reference) < reference.shape[1]:
         # With L2, the optimum lies in the span of the features, so the fit happens there.
         basis = torch.linalg.qr(reference.T).Q       # (features, n)
@@ -246,18 +246,18 @@ def mean_average_precision(scores, labels):
 
 
 def evaluate(features, labels, rounds, several):
-    """Run both probes on features (n, features) with labels (n, classes). Returns two lists, linear
-    and kNN, with the metric of each round. several: whether clips have several labels (mAP)."""
+    """Run both probes on features (n, features) with labels (n, classes). Returns two lists, kNN
+    and linear, with the metric of each round. several: whether clips have several labels (mAP)."""
     metric, loss = ((mean_average_precision, binary_cross_entropy) if several
                     else (accuracy, F.cross_entropy))
-    linear, knn = [], []
+    knn, linear = [], []
     for train, valid, test in rounds:
         both = torch.cat([train, valid])
         reference, query = standardize(features[both], features[test])
+        knn.append(metric(knn_scores(reference, labels[both], query), labels[test]))
         scores = linear_scores(reference, labels[both], query, len(valid), loss)
         linear.append(metric(scores, labels[test]))
-        knn.append(metric(knn_scores(reference, labels[both], query), labels[test]))
-    return linear, knn
+    return knn, linear
 
 
 @torch.no_grad()
@@ -448,7 +448,7 @@ def run_probe(args):
     metric = f"{several:,} have several labels; mAP" if several else "accuracy"
     print(f"{len(labels):,} clips, {len(classes)} classes, the largest with "
           f"{labels.mean(0).max():.0%} of the clips; {metric} in %, mean +- standard deviation "
-          f"over {len(rounds)} round(s)\n{'':10}{'linear':>15}{'kNN':>15}")
+          f"over {len(rounds)} round(s)\n{'':10}{'kNN':>15}{'linear':>15}")
     fits_on = "cuda" if device == "cuda" else "cpu"
     for name, x in features.items():
         print(f"{name:10}" + "".join(

@@ -52,7 +52,7 @@ MACHINE = {                           # --resume may change these
     "workers": (min(16, (os.cpu_count() or 1) - 1), int, "processes that read audio"),
     "log_every": (100, 100, 50, int, "steps between lines of the log"),
     "save_every": (100, 100, 1000, int, "steps between checkpoints")}
-DEFAULTS = {recipe: {name: values[i % len(values)] for name, (*values, _, _)
+DEFAULTS = {recipe: {name: values[i] if len(values) > 1 else values[0] for name, (*values, _, _)
                      in (METHOD | MACHINE).items()} for i, recipe in enumerate(RECIPES)}
 MAY_BE_ZERO = ("ema", "warmup", "seed", "workers")
 CROPS_TO_FIT = 256                    # for the mean and standard deviation of the log-mel
@@ -80,9 +80,9 @@ def make_optimizers(jepa, config):
     """Two optimisers: one for the matrices of the layers, with weight decay, and one for all other
     weights, without. The learning rate of each is `share` * lr.
 
-    Not in the paper, which uses AdamW for all weights: Muon. It sets all singular values
-    of an update to about 1, so weak directions learn as fast as strong ones such as loudness. It is
-    meant for hidden-layer matrices; AdamW trains the rest, at a tenth of the rate.
+    Not in the paper, which uses AdamW for all weights: Muon. It sets all singular values of an
+    update to about 1, so weak directions learn as fast as strong ones such as loudness. It is meant
+    for hidden-layer matrices; AdamW trains the rest, at a tenth of the rate.
     Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); AdamW, arXiv 1711.05101."""
     matrices, others = [], []
     for name, weights in jepa.named_parameters():
@@ -90,8 +90,8 @@ def make_optimizers(jepa, config):
             is_matrix = ".layers." in name and weights.ndim == 2
             (matrices if is_matrix else others).append(weights)
     adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=True)
-    first, share = (torch.optim.Muon, 0.1) if config.optimizer == "muon" else (adamw, 1.0)
-    return [first([{"params": matrices, "share": 1.0}], weight_decay=0.05),
+    for_matrices, share = (torch.optim.Muon, 0.1) if config.optimizer == "muon" else (adamw, 1.0)
+    return [for_matrices([{"params": matrices, "share": 1.0}], weight_decay=0.05),
             adamw([{"params": others, "share": share}], weight_decay=0.0)]
 
 
