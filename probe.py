@@ -395,7 +395,7 @@ def load_labelled(folder, clip_samples):
     files = {to_nfc(source.name(i)): i for i in range(len(source))}
     tables = ("labels.csv", "esc50.csv", "meta/esc50.csv", *AUDIOSET)
     found = [name for name in tables if os.path.exists(os.path.join(folder, name))]
-    used = found[0] if found else "folder names"
+    used = found[0] if found else "folder names (no labels.csv)"
     rows = (from_folders(files) if not found else from_audioset(folder) if used in AUDIOSET
             else from_table(os.path.join(folder, used)))
     matched, unused = match(rows, files, used in AUDIOSET)
@@ -436,6 +436,7 @@ def run_probe(args):
         read, features = compute_features(source, range(len(source)), {"trained": encoder})
         with open(args.vectors, "xb") as file:
             np.savez(file, names=[source.name(i) for i in read], vectors=features["trained"])
+        print(f"{args.vectors}: names and vectors of {len(read):,} files")
         return
     source, indices, names, groups = load_labelled(folder, encoder.mel.clip_samples)
     labels, classes = one_hot(names)

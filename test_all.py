@@ -827,7 +827,8 @@ def test_labels_are_found_in_every_layout(tmp_path, capsys, tables, clips):
     unused = re.search(r"(\d) rows without a file or a class(.*)", said).groups()
     assert unused[0] == str(int("absent" in str(tables))) and (unused[0] == "1") == (
         "absent" in unused[1])
-    assert f"labels from {next(iter(tables), 'folder names')}: {len(found)} clips" in said
+    used = next(iter(tables), "folder names (no labels.csv)")
+    assert f"labels from {used}: {len(found)} clips" in said
     assert ("warning: no folds" in said) == ({*groups} == {None})
 
 
@@ -1023,11 +1024,12 @@ def test_a_probe_that_cannot_work_is_refused_before_the_features(bad, monkeypatc
     assert "step 0 of 3\nwarning: this encoder is untrained" in capsys.readouterr().out
 
 
-def test_vectors_of_a_folder_without_labels(run, recordings, tmp_path):
+def test_vectors_of_a_folder_without_labels(run, recordings, tmp_path, capsys):
     folder, path = tmp_path / "recordings", tmp_path / "out.npz"
     folder.symlink_to(recordings)
     (tmp_path / "bad.wav").write_text("no sound")
     assert probe.main([str(run.path), "--data", str(tmp_path), "--vectors", str(path)]) == 0
+    assert "names and vectors of 12 files" in capsys.readouterr().out
     table, encoder = np.load(path), probe.load_encoder(run.path)
     assert [*table["names"]] == [f"recordings/{x}/{name}" for x in "abc" for name, _ in FORMS]
     assert table["vectors"].shape == (12, 2 * encoder.output_dim)
