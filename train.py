@@ -4,7 +4,7 @@ Reads a folder of audio (--data) or the built-in sounds. Writes a checkpoint for
 --resume, and a log beside it (.csv). Source: Audio-JEPA (arXiv 2507.02915), section 3.
 
     python train.py                              a first run, on built-in sounds
-    python train.py --data /path/audioset        recipe `paper` on a GPU, else `laptop`
+    python train.py --data /path/audioset        recipe `paper` on CUDA, else `laptop`
 """
 
 import argparse
